@@ -1,0 +1,73 @@
+# The verbs to learn: run test build lint ci ci-full wheel. `make help` lists the others.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# torch comes first and pinned: an unpinned one pulls a newer release with gigabytes of CUDA packages.
+# where PyPI's torch is the CUDA build, the same line gives that
+TORCH ?= torch==2.13.0
+ARGS ?=
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:  ## this list
+	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q $(TORCH) numpy
+	NLHF_REQUIRE_NATIVE=1 $(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+.PHONY: env
+env: $(VENV)/.ready  ## the environment in .venv, with the package in it
+
+.PHONY: build
+build: env  ## the C++ extension, again
+	NLHF_REQUIRE_NATIVE=1 $(BIN)/python setup.py -q build_ext --inplace
+
+.PHONY: run
+run: env  ## fine-tune SmolLM2-135M-Instruct with Nash-MD-PG and show what changed
+	$(BIN)/nlhf train --config quickstart --resume $(ARGS)
+
+.PHONY: test
+test: env  ## the whole test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: lint
+lint: env  ## ruff and clang-format, checking only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
+
+.PHONY: format
+format: env  ## ruff and clang-format, writing
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' | xargs $(BIN)/clang-format -i
+
+.PHONY: aot
+aot: env  ## every Triton kernel and .cu file compiled for sm_80, sm_90 and sm_100
+	env -u TRITON_INTERPRET $(BIN)/python -m tests.aot
+
+.PHONY: wheel
+wheel: env  ## a wheel in dist/
+	rm -rf dist && NLHF_REQUIRE_NATIVE=1 $(BIN)/python -m pip wheel -q --no-deps -w dist .
+
+.PHONY: check-wheel
+check-wheel: wheel  ## the wheel, built in isolation and without torch, works where nothing else is
+	rm -rf build/site && $(BIN)/python -m pip install -q --no-deps --target build/site dist/*.whl
+	cd build && PYTHONPATH=site ../$(BIN)/python -c 'import nlhf_kernels as k; print(k.__file__)'
+	cd build && PYTHONPATH=site NLHF_BACKEND=cpp ../$(BIN)/python -m nlhf_kernels
+
+.PHONY: ci
+ci: lint build aot test check-wheel  ## what must be green
+
+.PHONY: ci-full
+ci-full: ci run  ## ci and the main job
+
+.PHONY: clean
+clean:  ## everything that is built, and the environment
+	rm -rf $(VENV) build dist *.egg-info nlhf_kernels/*.so

@@ -1,0 +1,127 @@
+// Python bindings: tensors arrive as addresses (0 = None), logits with their shape and strides.
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <tuple>
+
+#include "common/philox.h"
+#include "cpu/ops.h"
+
+namespace py = pybind11;
+using namespace nlhf;
+
+namespace {
+
+using Address = uintptr_t;
+// data, dtype, rows, steps, vocab, batch stride, step stride
+using LogitsArg = std::tuple<Address, int, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Logits view(const LogitsArg& x) {
+  const auto& [data, dtype, rows, steps, vocab, batch_stride, step_stride] = x;
+  return {at<char>(data), static_cast<DType>(dtype), rows, steps, vocab, batch_stride, step_stride};
+}
+
+KlSum kl_sum(const std::string& name) {
+  if (name == "sequence") return KlSum::sequence;
+  if (name == "token") return KlSum::token;
+  if (name == "reward_to_go") return KlSum::reward_to_go;
+  throw std::invalid_argument(
+      "pairwise_pg_loss: kl must be \"reward_to_go\", \"sequence\" or \"token\", got \"" + name +
+      "\"; choose one of these");
+}
+
+// One submodule per statistics dtype.
+template <class S>
+void bind_ops(py::module_ m) {
+  using unlocked = py::call_guard<py::gil_scoped_release>;
+
+  m.def(
+      "mixture_sample",
+      [](const LogitsArg& policy, const LogitsArg& ref, double coef, Address coef_rows,
+         double temperature, Address temperature_rows, int64_t seed, Address seed_rows,
+         int64_t position, Address position_rows, Address tokens, Address policy_logprobs,
+         Address ref_logprobs, Address sampling_logprobs, Address log_kept_mass) {
+        const bool has_ref = std::get<0>(ref) != 0;
+        mixture_sample<S>(view(policy), has_ref ? std::optional<Logits>(view(ref)) : std::nullopt,
+                          {static_cast<S>(coef), at<S>(coef_rows)},
+                          {static_cast<S>(temperature), at<S>(temperature_rows)},
+                          {seed, at<int64_t>(seed_rows)}, {position, at<int64_t>(position_rows)},
+                          {at<int64_t>(tokens), at<S>(policy_logprobs), at<S>(ref_logprobs),
+                           at<S>(sampling_logprobs), at<S>(log_kept_mass)});
+      },
+      unlocked());
+
+  m.def(
+      "token_logprobs",
+      [](const LogitsArg& logits, Address tokens, double temperature, double softcap,
+         Address logprobs, Address entropy, Address lse) {
+        token_logprobs<S>(view(logits), at<int64_t>(tokens),
+                          {static_cast<S>(temperature), static_cast<S>(softcap)}, at<S>(logprobs),
+                          at<S>(entropy), at<S>(lse));
+      },
+      unlocked());
+
+  m.def(
+      "token_logprobs_grad",
+      [](const LogitsArg& grad, const LogitsArg& logits, Address tokens, Address lse,
+         Address entropy, Address grad_logprobs, Address grad_entropy, double temperature,
+         double softcap) {
+        token_logprobs_grad<S>(view(grad), view(logits), at<int64_t>(tokens), at<S>(lse),
+                               at<S>(entropy), at<S>(grad_logprobs), at<S>(grad_entropy),
+                               {static_cast<S>(temperature), static_cast<S>(softcap)});
+      },
+      unlocked());
+
+  m.def(
+      "pairwise_pg_loss",
+      [](const LogitsArg& logits, Address tokens, Address mask, Address preference,
+         Address ref_logprobs, Address policy_logprobs, Address cu_seqlens, int64_t sequences,
+         double tau, const std::string& kl, double baseline, double temperature, double softcap,
+         Address loss, Address logprobs, Address entropy, Address kl_out, Address lse,
+         Address coef) {
+        pairwise_pg_loss<S>(
+            view(logits),
+            {at<int64_t>(tokens), at<bool>(mask), at<S>(preference), at<S>(ref_logprobs),
+             at<S>(policy_logprobs), at<int64_t>(cu_seqlens), sequences, static_cast<S>(tau),
+             static_cast<S>(baseline), kl_sum(kl)},
+            {static_cast<S>(temperature), static_cast<S>(softcap)},
+            {at<S>(loss), at<S>(logprobs), at<S>(entropy), at<S>(kl_out), at<S>(lse), at<S>(coef)});
+      },
+      unlocked());
+
+  m.def(
+      "pairwise_pg_loss_grad",
+      [](const LogitsArg& grad, const LogitsArg& logits, Address tokens, Address mask, Address lse,
+         Address coef, double grad_loss, double temperature, double softcap) {
+        pairwise_pg_loss_grad<S>(view(grad), view(logits), at<int64_t>(tokens), at<bool>(mask),
+                                 at<S>(lse), at<S>(coef), static_cast<S>(grad_loss),
+                                 {static_cast<S>(temperature), static_cast<S>(softcap)});
+      },
+      unlocked());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  py::dict codes;
+  codes["float16"] = static_cast<int>(DType::float16);
+  codes["bfloat16"] = static_cast<int>(DType::bfloat16);
+  codes["float32"] = static_cast<int>(DType::float32);
+  codes["float64"] = static_cast<int>(DType::float64);
+  m.attr("dtype_codes") = codes;
+
+  bind_ops<float>(m.def_submodule("float32"));
+  bind_ops<double>(m.def_submodule("float64"));
+
+  m.def("fold_in", &fold_in);
+  m.def("philox4x32",
+        [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+          const Words out = philox4x32({{c0, c1, c2, c3}}, k0, k1);
+          return std::make_tuple(out.w[0], out.w[1], out.w[2], out.w[3]);
+        });
+}

@@ -1,0 +1,21 @@
+// Rows over threads. Each row is computed whole by one thread, so results do not depend on how
+// many.
+#pragma once
+
+#include <cstdint>
+
+namespace nlhf {
+
+// Calls row(i) for i in [0, rows); work is the number of elements in a row. The number of threads
+// is the OpenMP runtime's, which torch.set_num_threads sets because torch loads the same one.
+template <class Row>
+void parallel_rows(int64_t rows, int64_t work, const Row& row) {
+  // below this, waking threads costs more than it saves
+  constexpr int64_t kMinimumWork = 1 << 15;
+  [[maybe_unused]] const bool worthwhile = rows > 1 && rows * work >= kMinimumWork;
+  // dynamic, since masked rows cost nothing
+#pragma omp parallel for schedule(dynamic) if (worthwhile)
+  for (int64_t i = 0; i < rows; ++i) row(i);
+}
+
+}  // namespace nlhf

@@ -1,0 +1,1 @@
+"""Nash learning from human feedback on transformers."""

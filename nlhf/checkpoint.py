@@ -1,0 +1,91 @@
+"""Checkpoints: trainable weights and optimiser state as safetensors, hashed, renamed into place.
+
+A run needs nothing else to go on: every draw and the order of the prompts follow from the seed and
+the step.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+_FILES = ("weights.safetensors", "optimizer.safetensors")
+
+
+def save(folder: Path, step: int, model: torch.nn.Module, optimizer, keep: int) -> Path:
+    """Write ``folder``/step-NNNNNN and delete all but the last ``keep``."""
+    final = folder / f"step-{step:06d}"
+    partial = folder / f"{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    names = _trainable(model)
+    save_file({n: p.detach().contiguous() for n, p in names.items()}, partial / _FILES[0])
+    state = {
+        f"{n}|{key}": torch.as_tensor(value).contiguous()
+        for n, p in names.items()
+        for key, value in optimizer.state.get(p, {}).items()
+    }
+    save_file(state, partial / _FILES[1])
+    hashes = {name: _sha256(partial / name) for name in _FILES}
+    (partial / "state.json").write_text(json.dumps({"step": step, "sha256": hashes}, indent=1))
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    for old in complete(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if p.suffix != ".partial")
+
+
+def load(checkpoint: Path, model: torch.nn.Module, optimizer) -> int:
+    """Restore the weights and the optimiser in place; return the number of steps done.
+
+    Raises:
+        ValueError: a file is missing, damaged or of another model; nothing is changed then.
+    """
+    try:
+        state = json.loads((checkpoint / "state.json").read_text())
+        for name in _FILES:
+            if _sha256(checkpoint / name) != state["sha256"][name]:
+                raise ValueError(f"{name} does not match its hash")
+        weights, moments = (load_file(checkpoint / name) for name in _FILES)
+        step = int(state["step"])
+        names = _trainable(model)
+        if shapes(weights) != shapes(names):
+            raise ValueError("its weights are those of another model or other adapters")
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise ValueError(
+            f"checkpoint {checkpoint}: cannot be used: {error}; "
+            "delete this folder to go on from the one before it"
+        ) from None
+    with torch.no_grad():
+        for name, parameter in names.items():
+            parameter.copy_(weights[name])
+    for key, value in moments.items():
+        name, field = key.rsplit("|", 1)
+        parameter = names[name]
+        # AdamW keeps its step counter on the CPU and its moments beside the weights
+        device = "cpu" if field == "step" else parameter.device
+        optimizer.state[parameter][field] = value.to(device)
+    return step
+
+
+def shapes(tensors: dict[str, Tensor]) -> dict[str, tuple]:
+    return {name: tuple(x.shape) for name, x in tensors.items()}
+
+
+def _trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

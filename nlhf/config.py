@@ -1,0 +1,227 @@
+"""One frozen dataclass that is the configuration, the YAML file and the command line."""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import itertools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a training run depends on. The string under a field is its help."""
+
+    assets: str = ""
+    """"quickstart" fetches and builds model, prompts, preference and judge; "": the fields below"""
+    model: str = ""
+    """folder or hub name of the causal language model to train"""
+    ref: str = ""
+    """folder or hub name of the frozen reference policy; "": the model before training"""
+    prompts: str = ""
+    """training prompts: a .jsonl, .jsonl.gz or .parquet file, or a hub name"""
+    eval_prompts: str = ""
+    """held-out prompts for the report; "": no report at the end"""
+    preference: str = ""
+    """folder of a saved preference or reward model, or "module:function" of our protocol"""
+    judge: str = ""
+    """a second preference model that only judges, like preference; "": the first one judges"""
+    output: str = "runs/nash-md-pg"
+    """folder of the run: config.yaml, metrics.jsonl, checkpoints/, model/, report.md, curves.png"""
+
+    mixture_coef: float = 0.125
+    """weight of the reference in the opponent's geometric mixture, in [0, 1] (beta in the paper)"""
+    tau: float = 0.05
+    """strength of the KL regularisation towards the reference, at least 0"""
+    kl: str = "reward_to_go"
+    """KL estimator: reward_to_go, sequence or token (biased)"""
+    temperature: float = 1.0
+    """sampling temperature, above 0; the trained policy is the one at this temperature"""
+    top_k: int = 0
+    """keep the k most likely tokens; 0: all. A filter biases the gradient"""
+    top_p: float = 1.0
+    """keep the smallest set of this mass; 1: all. A filter biases the gradient"""
+    min_p: float = 0.0
+    """keep tokens of at least this share of the maximum; 0: all. A filter biases the gradient"""
+    max_new_tokens: int = 64
+    """longest completion, in tokens"""
+
+    steps: int = 100
+    """optimiser steps"""
+    batch_size: int = 32
+    """prompts a step"""
+    micro_batch_size: int = 0
+    """prompts a forward and backward pass; 0: batch_size"""
+    learning_rate: float = 1e-5
+    """AdamW's highest learning rate"""
+    warmup_steps: int = 5
+    """steps of linear warm-up, after which the rate decays linearly to a tenth"""
+    weight_decay: float = 0.0
+    """AdamW's weight decay"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm; 0: not clipped"""
+
+    lora_r: int = 0
+    """rank of LoRA adapters on the linear layers; 0: all weights are trained"""
+    lora_alpha: int = 32
+    """scale of the adapters, divided by lora_r"""
+    lora_layers: int = 0
+    """adapt the last so many layers; 0: all"""
+    dtype: str = "float32"
+    """of the model: float32, bfloat16 or float64 (adapters are float32 over bfloat16)"""
+    device: str = "auto"
+    """auto: a GPU if there is one; or cpu, cuda, cuda:1"""
+    trust_remote_code: bool = False
+    """let transformers run code that comes with the model"""
+
+    eval_every: int = 10
+    """steps between measurements against the reference on a few held-out prompts; 0: never"""
+    eval_samples: int = 32
+    """held-out prompts of these measurements"""
+    report_samples: int = 256
+    """held-out prompts of the report"""
+    checkpoint_every: int = 20
+    """steps between checkpoints; 0: none"""
+    keep_checkpoints: int = 2
+    """how many checkpoints are kept"""
+    seed: int = 0
+    """seed of the prompts' order, of every draw and of the adapters"""
+
+    def __post_init__(self):
+        for name, low, high, wanted in _LIMITS:
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"config: {name} must be {wanted}, got {value!r}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"config: {name} must be one of {', '.join(map(repr, choices))}, "
+                    f"got {getattr(self, name)!r}"
+                )
+
+
+_TINY = 1e-300
+_LIMITS = (
+    ("mixture_coef", 0, 1, "in [0, 1]"),
+    ("tau", 0, 1e300, "at least 0 and finite"),
+    ("temperature", _TINY, 1e300, "above 0 and finite"),
+    ("top_k", 0, math.inf, "at least 0"),
+    ("top_p", _TINY, 1, "in (0, 1]"),
+    ("min_p", 0, 1, "in [0, 1]"),
+    ("max_new_tokens", 1, math.inf, "at least 1"),
+    ("steps", 0, math.inf, "at least 0"),
+    ("batch_size", 1, math.inf, "at least 1"),
+    ("micro_batch_size", 0, math.inf, "at least 0"),
+    ("learning_rate", 0, 1e300, "at least 0 and finite"),
+    ("warmup_steps", 0, math.inf, "at least 0"),
+    ("weight_decay", 0, 1e300, "at least 0 and finite"),
+    ("max_grad_norm", 0, 1e300, "at least 0 and finite"),
+    ("lora_r", 0, math.inf, "at least 0"),
+    ("lora_alpha", 1, math.inf, "at least 1"),
+    ("lora_layers", 0, math.inf, "at least 0"),
+    ("eval_every", 0, math.inf, "at least 0"),
+    ("eval_samples", 1, math.inf, "at least 1"),
+    ("report_samples", 2, math.inf, "at least 2"),
+    ("checkpoint_every", 0, math.inf, "at least 0"),
+    ("keep_checkpoints", 1, math.inf, "at least 1"),
+    ("seed", -(2**63), 2**63 - 1, "a 64-bit integer"),
+)
+_CHOICES = {
+    "assets": ("", "quickstart"),
+    "kl": ("reward_to_go", "sequence", "token"),
+    "dtype": ("float32", "bfloat16", "float64"),
+}
+BUILT_IN = Path(__file__).parent / "configs"
+
+
+@functools.cache
+def field_help() -> dict[str, str]:
+    """The string under each field of ``Config``."""
+    (body,) = (
+        node.body
+        for node in ast.parse(inspect.getsource(Config)).body
+        if isinstance(node, ast.ClassDef)
+    )
+    return {
+        a.target.id: b.value.value
+        for a, b in itertools.pairwise(body)
+        if isinstance(a, ast.AnnAssign)
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One flag a field; a flag that is not given stays out of the namespace."""
+    for field in dataclasses.fields(Config):
+        text = field_help()[field.name].replace("%", "%%")
+        default = repr(field.default) if field.default == "" else field.default
+        options = {"help": f"{text} (default: {default})", "default": argparse.SUPPRESS}
+        flag = "--" + field.name.replace("_", "-")
+        if field.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        else:
+            metavar = field.type.__name__.upper()
+            parser.add_argument(flag, type=field.type, metavar=metavar, **options)
+
+
+def load(source: str, overrides: dict | None = None) -> Config:
+    """A configuration from a YAML file or a built-in name, with fields overridden.
+
+    Raises:
+        ValueError: no such file or name, not a mapping, an unknown field, a wrong type or value.
+    """
+    values = _read(source) if source else {}
+    return from_dict(values | (overrides or {}), source or "the command line")
+
+
+def _read(source: str) -> dict:
+    names = sorted(path.stem for path in BUILT_IN.glob("*.yaml"))
+    path = BUILT_IN / f"{source}.yaml" if source in names else Path(source)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        known = ", ".join(names)
+        raise ValueError(
+            f"config: cannot read {source}: {error.strerror}; give a YAML file or one of: {known}"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        first = " ".join(str(error).split())
+        raise ValueError(f"config: {source} is not YAML: {first}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"config: {source} must hold field: value lines")
+    return values
+
+
+def from_dict(values: dict, source: str) -> Config:
+    types = {field.name: field.type for field in dataclasses.fields(Config)}
+    checked = {}
+    for name, value in values.items():
+        if name not in types:
+            close = difflib.get_close_matches(str(name), types, n=1)
+            hint = f"; do you mean {close[0]}?" if close else ""
+            raise ValueError(f"config: {source} has an unknown field {name!r}{hint}")
+        checked[name] = _typed(name, value, types[name], source)
+    return Config(**checked)
+
+
+def _typed(name: str, value, kind: type, source: str):
+    """The value as its field's type; YAML reads 1e-3 as a string and 1 as an int."""
+    exact = type(value) is kind
+    number = kind is float and type(value) in (int, float)
+    if exact or number:
+        return kind(value)
+    if kind is float and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    raise ValueError(f"config: {name} in {source} must be a {kind.__name__}, got {value!r}")
+
+
+def save(config: Config, path: Path) -> None:
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")

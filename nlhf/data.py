@@ -1,0 +1,312 @@
+"""Prompt and preference data sets: standard and conversational, from files or a hub name.
+
+Formats (those of TRL): standard rows have strings under ``prompt``, or ``prompt``, ``chosen`` and
+``rejected``; conversational rows have lists of ``{"role", "content"}`` messages there. A preference
+row without a prompt shares the beginning of its two responses, which becomes the prompt. An
+optional ``probability`` column holds P(chosen > rejected), 1.0 where it is missing.
+"""
+
+import contextlib
+import gzip
+import json
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Text = str | list[dict[str, str]]
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """N pairs in four lists: chosen[i] beats rejected[i] with probability[i]."""
+
+    prompt: list[Text]
+    chosen: list[Text]
+    rejected: list[Text]
+    probability: list[float]
+
+    def __post_init__(self) -> None:
+        sizes = {len(self.prompt), len(self.chosen), len(self.rejected), len(self.probability)}
+        if len(sizes) != 1:
+            raise ValueError(
+                f"Preferences: the four lists must have one length, got {sorted(sizes)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    def select(self, indices: Sequence[int]) -> "Preferences":
+        """The rows of `indices`, in that order."""
+        columns = (self.prompt, self.chosen, self.rejected, self.probability)
+        return Preferences(*([column[i] for i in indices] for column in columns))
+
+    def texts(self) -> tuple[list[str], list[str], list[str]]:
+        """(prompts, chosen, rejected) as plain strings, what a preference model is given."""
+        return (
+            [plain_text(p) for p in self.prompt],
+            [plain_text(c) for c in self.chosen],
+            [plain_text(r) for r in self.rejected],
+        )
+
+
+def read_prompts(
+    source: str | os.PathLike,
+    *,
+    column: str = "prompt",
+    split: str = "train",
+    limit: int | None = None,
+) -> list[Text]:
+    """The prompts of a data set: strings, or lists of messages where it is conversational.
+
+    source: a .jsonl, .jsonl.gz or .parquet file, or a hub name (then `split` counts).
+    limit: read at most so many rows. Raises ValueError naming file, row and column.
+    """
+    prompts = []
+    for where, row in _rows(source, split, limit):
+        _need(row, (column,), where)
+        prompts.append(_check_text(row[column], column, where, empty_ok=False))
+    return prompts
+
+
+def read_preferences(
+    source: str | os.PathLike, *, split: str = "train", limit: int | None = None
+) -> Preferences:
+    """The pairs of a preference data set; arguments and errors as in `read_prompts`."""
+    columns: tuple[list, ...] = ([], [], [], [])
+    for where, row in _rows(source, split, limit):
+        _need(row, ("chosen", "rejected"), where)
+        chosen = _check_text(row["chosen"], "chosen", where, empty_ok=True)
+        rejected = _check_text(row["rejected"], "rejected", where, empty_ok=True)
+        if type(chosen) is not type(rejected):
+            raise ValueError(f"{where}: chosen and rejected must both be strings or both messages")
+        if row.get("prompt") is None:
+            prompt, chosen, rejected = _split_prefix(chosen, rejected, where)
+        else:
+            prompt = _check_text(row["prompt"], "prompt", where, empty_ok=False)
+            if type(prompt) is not type(chosen):
+                raise ValueError(
+                    f"{where}: prompt and responses must all be strings or all messages"
+                )
+        probability = row.get("probability")
+        values = (prompt, chosen, rejected, _check_probability(probability, where))
+        for values_so_far, value in zip(columns, values, strict=True):
+            values_so_far.append(value)
+    return Preferences(*columns)
+
+
+def render_prompt(prompt: Text, tokenizer: Any) -> str:
+    """The string that a policy continues: messages through the chat template, a string as it is.
+
+    A last message of the assistant is left open for the policy to continue. Raises ValueError for a
+    tokenizer without a chat template, or one whose template refuses the messages.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "render_prompt: the tokenizer has no chat template for a conversational prompt; "
+            "set tokenizer.chat_template or use a data set of plain strings"
+        )
+    import jinja2
+
+    open_end = prompt[-1]["role"] == "assistant"
+    try:
+        return tokenizer.apply_chat_template(
+            prompt,
+            tokenize=False,
+            add_generation_prompt=not open_end,
+            continue_final_message=open_end,
+        )
+    except jinja2.TemplateError as error:
+        raise ValueError(
+            f"render_prompt: the chat template refuses the messages: {error}"
+        ) from error
+
+
+def plain_text(text: Text) -> str:
+    """A text without any tokenizer's markup: one message is its content, several a transcript."""
+    if isinstance(text, str):
+        return text
+    if len(text) == 1:
+        return text[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in text)
+
+
+@contextlib.contextmanager
+def replace_folder(folder: str | os.PathLike, marker: str | None = None) -> Iterator[Path]:
+    """A new folder beside `folder`, renamed to it when the body ends: never a half-written one.
+
+    An existing `folder` is replaced only if empty or with the file `marker` in it; else ValueError.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists():
+        ours = folder.is_dir() and (
+            not any(folder.iterdir()) or (marker is not None and (folder / marker).is_file())
+        )
+        if not ours:
+            raise ValueError(f"{folder}: exists and is something else; choose another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.new")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        yield beside
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _rows(source: str | os.PathLike, split: str, limit: int | None) -> Iterator[tuple[str, dict]]:
+    """(where, row) for each row; `where` names file and line for an error message."""
+    name = os.fspath(source)
+    path = Path(name)
+    if limit is not None and limit < 1:
+        raise ValueError(f"data: limit must be at least 1, got {limit}")
+    if path.is_dir():
+        raise ValueError(f"{name}: is a folder; name one of its {', '.join(SUFFIXES)} files")
+    if path.is_file() or name.endswith(SUFFIXES):
+        if not path.is_file():
+            raise ValueError(f"{name}: no such file")
+        if not name.endswith(SUFFIXES):
+            raise ValueError(f"{name}: must end in one of {', '.join(SUFFIXES)}")
+        rows = _parquet_rows(name) if name.endswith(".parquet") else _jsonl_rows(name)
+    else:
+        rows = _hub_rows(name, split)
+    count = 0
+    for where, row in rows:
+        if limit is not None and count == limit:
+            break
+        count += 1
+        yield where, row
+    if count == 0:
+        raise ValueError(f"{name}: has no rows")
+
+
+def _jsonl_rows(name: str) -> Iterator[tuple[str, dict]]:
+    opener = gzip.open if name.endswith(".gz") else open
+    number = 0
+    try:
+        with opener(name, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                where = f"{name}, line {number}"
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{where}: is not JSON: {error.msg}") from error
+                if not isinstance(row, dict):
+                    raise ValueError(f"{where}: must be a JSON object, got {type(row).__name__}")
+                yield where, row
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}, after line {number}: is not UTF-8; convert it") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{name}, after line {number}: cannot be read: {error}") from error
+
+
+def _parquet_rows(name: str) -> Iterator[tuple[str, dict]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(f"{name}: reading parquet needs `pip install pyarrow`") from error
+    try:
+        table = pyarrow.parquet.read_table(name)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{name}: cannot be read as parquet: {error}") from error
+    for number, row in enumerate(table.to_pylist(), start=1):
+        yield f"{name}, row {number}", row
+
+
+def _hub_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            f"{name}: no such file; a hub name needs `pip install datasets`"
+        ) from error
+    try:
+        table = datasets.load_dataset(name, split=split)
+    # the hub's own errors (not found, gated, offline, bad split) are subclasses of these
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{name}: no such file, and not loaded from the hub with split {split!r}: {reason}"
+        ) from error
+    for number, row in enumerate(table, start=1):
+        yield f"{name} ({split}), row {number}", row
+
+
+def _need(row: dict, names: tuple[str, ...], where: str) -> None:
+    missing = [name for name in names if name not in row]
+    if missing:
+        raise ValueError(
+            f"{where}: lacks the column {', '.join(missing)}; it has {', '.join(row) or 'none'}, "
+            f"and needs {', '.join(names)}"
+        )
+
+
+def _check_text(text: Any, column: str, where: str, *, empty_ok: bool) -> Text:
+    """A string as it is, or messages reduced to role and content."""
+    if isinstance(text, str):
+        if not empty_ok and not text.strip():
+            raise ValueError(f"{where}: {column} must not be empty")
+        return text
+    if not isinstance(text, list):
+        raise ValueError(
+            f"{where}: {column} must be a string or a list of messages, got {type(text).__name__}"
+        )
+    if not text:
+        raise ValueError(f"{where}: {column} must not be empty")
+    for message in text:
+        good = isinstance(message, dict) and all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        )
+        if not good:
+            raise ValueError(
+                f"{where}: every message of {column} must have a role and a content that are "
+                f"strings, got {str(message)[:80]}"
+            )
+    if not empty_ok and not any(message["content"].strip() for message in text):
+        raise ValueError(f"{where}: {column} must not be empty")
+    return [{"role": message["role"], "content": message["content"]} for message in text]
+
+
+def _check_probability(value: Any, where: str) -> float:
+    if value is None:
+        return 1.0
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # written so that NaN fails it
+    if not (number and math.isfinite(value) and 0 <= value <= 1):
+        raise ValueError(f"{where}: probability must be a number in [0, 1], got {value!r}")
+    return float(value)
+
+
+def _split_prefix(chosen: Text, rejected: Text, where: str) -> tuple[Text, Text, Text]:
+    """The common beginning as prompt: whole messages, or whole words of two strings."""
+    shortest = min(len(chosen), len(rejected))
+    same = next((i for i in range(shortest) if chosen[i] != rejected[i]), shortest)
+    if isinstance(chosen, str):
+        # a word that the two only begin alike belongs to the responses, with the space before it
+        while same and not (chosen[same:][:1].isspace() and rejected[same:][:1].isspace()):
+            same -= 1
+    elif same == shortest:
+        # a response must keep at least its last message
+        same -= 1
+    if same < 1 or not plain_text(chosen[:same]).strip():
+        raise ValueError(
+            f"{where}: has no prompt column, and chosen and rejected share no beginning to take "
+            "for one; add a prompt"
+        )
+    return chosen[:same], chosen[same:], rejected[same:]

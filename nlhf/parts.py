@@ -1,0 +1,128 @@
+"""What a run is made of: models, tokenizer, prompts, preference and judge."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import nlhf_kernels as nk
+from nlhf import data, policy, preference, rollout
+from nlhf.config import Config
+
+
+@dataclass(frozen=True)
+class Parts:
+    config: Config
+    policy: torch.nn.Module
+    ref: torch.nn.Module | None
+    """``None``: the policy's base with its adapters off"""
+    tokenizer: object
+    prompts: list
+    eval_prompts: list
+    preference: preference.Preference
+    judge: preference.Preference
+    lexicon: Callable[[str], float] | None
+    device: torch.device
+
+    def render(self, prompts: list) -> list[str]:
+        return [data.render_prompt(prompt, self.tokenizer) for prompt in prompts]
+
+    def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Left-padded ids and mask, (B, P) on the device."""
+        batch = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+        return batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
+
+    def decode(self, completion: rollout.Completion) -> list[str]:
+        rows = zip(completion.tokens.tolist(), completion.mask.tolist(), strict=True)
+        ids = [[t for t, real in zip(*row, strict=True) if real] for row in rows]
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    def generate_pair(self, prompts: list, seeds: Tensor, policy=None, **settings) -> rollout.Pair:
+        """y and y' for each prompt; ``settings`` override those of the configuration."""
+        c = self.config
+        chosen = {
+            "mixture_coef": c.mixture_coef,
+            "max_new_tokens": c.max_new_tokens,
+            "temperature": c.temperature,
+            "top_k": c.top_k,
+            "top_p": c.top_p,
+            "min_p": c.min_p,
+            "eos_token_id": self.tokenizer.eos_token_id,
+            "pad_token_id": self.tokenizer.pad_token_id,
+        }
+        ids = self.encode(self.render(prompts))
+        policy = self.policy if policy is None else policy
+        return rollout.generate_pair(policy, self.ref, *ids, seed=seeds, **chosen | settings)
+
+
+def seeds(run_seed: int, stream: int, ids: list[int], device: torch.device) -> Tensor:
+    """(B,) one seed a prompt; ``stream`` is the step, or a negative number for a measurement."""
+    return nk.fold_in(nk.fold_in(run_seed, stream), torch.tensor(ids, device=device))
+
+
+def device_of(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"config: device {name!r} cannot be used here: {first}") from None
+    return device
+
+
+def build(config: Config) -> Parts:
+    """Load everything that the configuration names; the seed fixes the adapters' first values."""
+    if config.assets == "quickstart":
+        return _quickstart(config)
+    for name in ("model", "prompts", "preference"):
+        if not getattr(config, name):
+            raise ValueError(f"config: {name} must be given (or assets: quickstart)")
+    device = device_of(config.device)
+    # the cheap things come first, so that a wrong path fails before a model is read
+    prompts = data.read_prompts(config.prompts)
+    eval_prompts = data.read_prompts(config.eval_prompts) if config.eval_prompts else []
+    opinion = preference.as_preference(config.preference, device=device)
+    judge = preference.as_preference(config.judge, device=device) if config.judge else opinion
+    return _assemble(config, device, prompts, eval_prompts, opinion, judge, None)
+
+
+def _quickstart(config: Config) -> Parts:
+    # it needs gguf, which nothing else does
+    from nlhf import quickstart
+
+    device = device_of(config.device)
+    assets = quickstart.build(device=device)
+    return _assemble(
+        dataclasses.replace(config, model=str(assets.model_path)),
+        device,
+        assets.train_prompts,
+        assets.eval_prompts,
+        assets.preference,
+        assets.judge,
+        assets.lexicon,
+    )
+
+
+def _assemble(config, device, prompts, eval_prompts, opinion, judge, lexicon) -> Parts:
+    dtype = getattr(torch, config.dtype)
+    code = {"trust_remote_code": config.trust_remote_code}
+    tokenizer = policy.load_tokenizer(config.model, **code)
+    model = policy.load_model(config.model, dtype, device, **code)
+    ref = None
+    if config.ref:
+        ref = policy.load_model(config.ref, dtype, device, **code)
+    elif not config.lora_r:
+        ref = policy.load_model(config.model, dtype, device, **code)
+    if ref is not None:
+        policy.check_same_vocabulary(model, ref)
+        ref.requires_grad_(False).eval()
+    if config.lora_r:
+        torch.manual_seed(config.seed)
+        model = policy.lora(model, config.lora_r, config.lora_alpha, config.lora_layers)
+    return Parts(
+        config, model, ref, tokenizer, prompts, eval_prompts, opinion, judge, lexicon, device
+    )

@@ -1,0 +1,502 @@
+"""Preferences P(first > second | prompt) over texts: trainable models, rewards, any callable.
+
+Texts, never token ids, cross this border: a preference model has a tokenizer of its own.
+"""
+
+import copy
+import importlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nlhf.data import replace_folder
+
+CONFIG = "preference.json"
+
+
+class Preference(Protocol):
+    """Anything that compares B pairs of texts."""
+
+    def __call__(self, prompts: list[str], first: list[str], second: list[str]) -> Tensor:
+        """P(first > second | prompt): (B,) float32 in [0, 1]."""
+        ...
+
+
+class PreferenceModel(nn.Module):
+    """A linear head on the trunk of a causal LM; p = sigmoid(scale * (score a - score b)).
+
+    A subclass says what the two texts a and b are: both orders of a pair, or its responses.
+    p(first, second) + p(second, first) is exactly 1: the same batches are scored in either order.
+
+    trunk: a causal LM of transformers, or its trunk; taken over: cut to `n_layers` and, with
+        `freeze_trunk`, frozen in place. Pass a copy where the model is used elsewhere.
+    pooling: "last" token, or the "mean" over tokens without pads and without `prepend_id`.
+    prepend_id: a token put before every text (the tokenizer's bos by default; -1 for none).
+    max_length: tokens, by default the trunk's context. Longer texts raise ValueError, or with
+        `truncate` lose the beginning of their prompt; responses are never cut.
+    batch_size: texts scored at once, sorted by length.
+    """
+
+    kind = ""
+    scale = 1.0
+    fields: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        tokenizer: Any,
+        *,
+        template: str,
+        pooling: str = "last",
+        n_layers: int | None = None,
+        freeze_trunk: bool = False,
+        prepend_id: int | None = None,
+        max_length: int | None = None,
+        truncate: bool = False,
+        batch_size: int = 64,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if pooling not in ("last", "mean"):
+            raise ValueError(f'{name}: pooling must be "last" or "mean", got {pooling!r}')
+        if any("{" + field + "}" not in template for field in self.fields):
+            wanted = ", ".join("{" + field + "}" for field in self.fields)
+            raise ValueError(f"{name}: template must contain {wanted}, got {template!r}")
+        if batch_size < 1:
+            raise ValueError(f"{name}: batch_size must be at least 1, got {batch_size}")
+        if prepend_id is None:
+            prepend_id = -1 if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        self.pad_id = tokenizer.pad_token_id
+        if self.pad_id is None:
+            self.pad_id = tokenizer.eos_token_id
+        if self.pad_id is None:
+            raise ValueError(f"{name}: the tokenizer has neither pad nor eos; set its pad_token")
+        self.trunk = _cut(getattr(trunk, "base_model", trunk), n_layers, name)
+        rows = self.trunk.get_input_embeddings().num_embeddings
+        if len(tokenizer) > rows or prepend_id >= rows:
+            raise ValueError(
+                f"{name}: the tokenizer has {len(tokenizer)} tokens and the trunk embeds {rows}; "
+                "give the tokenizer that belongs to the trunk"
+            )
+        context = getattr(self.trunk.config, "max_position_embeddings", None) or 10**9
+        self.max_length = min(max_length or context, context)
+        self.tokenizer = tokenizer
+        self.settings = {
+            "template": template,
+            "pooling": pooling,
+            "n_layers": n_layers,
+            "freeze_trunk": freeze_trunk,
+            "prepend_id": prepend_id,
+            "max_length": max_length,
+            "truncate": truncate,
+            "batch_size": batch_size,
+        }
+        if freeze_trunk:
+            self.trunk.requires_grad_(False)
+        width = self.trunk.get_input_embeddings().embedding_dim
+        width = getattr(self.trunk.config, "hidden_size", width)
+        # float32 whatever the trunk's dtype; no bias: it cancels in the difference of two scores
+        self.head = nn.Linear(width, 1, bias=False, dtype=torch.float32)
+        nn.init.zeros_(self.head.weight)
+        self.head.to(next(self.trunk.parameters()).device)
+        self.eval()
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the trunk is fixed, so that its features can be computed once for training."""
+        return self.settings["freeze_trunk"]
+
+    def train(self, mode: bool = True) -> "PreferenceModel":
+        """As in torch, but a frozen trunk stays in eval mode."""
+        super().train(mode)
+        if self.frozen:
+            self.trunk.eval()
+        return self
+
+    def sides(self, prompt: str, first: str, second: str) -> tuple[dict, dict]:
+        """The fields of the two texts whose scores are compared."""
+        raise NotImplementedError
+
+    def token_ids(self, fields: dict[str, str]) -> tuple[int, ...]:
+        """The tokens of one filled template, at most max_length, the prompt cut from its left."""
+        ids = self._ids(fields)
+        if len(ids) > self.max_length and self.settings["truncate"] and fields.get("prompt"):
+            kept = self.tokenizer(fields["prompt"], add_special_tokens=False)["input_ids"]
+            while kept and len(ids) > self.max_length:
+                # decoding and tokenizing again may move a boundary, so the cut is repeated
+                kept = kept[len(ids) - self.max_length :]
+                ids = self._ids(fields | {"prompt": self.tokenizer.decode(kept)})
+        if len(ids) > self.max_length:
+            hint = "shorten the responses" if self.settings["truncate"] else "or set truncate=True"
+            raise ValueError(
+                f"{type(self).__name__}: a prompt with its responses has {len(ids)} tokens and the "
+                f"context {self.max_length}; use shorter texts {hint}"
+            )
+        return tuple(ids)
+
+    def _ids(self, fields: dict[str, str]) -> list[int]:
+        text = self.settings["template"].format(**fields)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        prepend = self.settings["prepend_id"]
+        ids = ids if prepend < 0 else [prepend, *ids]
+        return ids or [self.pad_id]
+
+    def features(self, batch: Sequence[tuple[int, ...]]) -> Tensor:
+        """Pooled last hidden states of the trunk: (len(batch), D) float32."""
+        device = self.head.weight.device
+        lengths = torch.tensor([len(ids) for ids in batch])
+        longest = int(lengths.max())
+        ids = torch.tensor([[*row, *[self.pad_id] * (longest - len(row))] for row in batch])
+        mask = torch.arange(longest) < lengths[:, None]
+        hidden = self.trunk(
+            input_ids=ids.to(device), attention_mask=mask.long().to(device), use_cache=False
+        ).last_hidden_state
+        if self.settings["pooling"] == "last":
+            return hidden[torch.arange(len(batch)), lengths - 1].float()
+        if self.settings["prepend_id"] >= 0:
+            mask[:, 0] = False
+        weight = mask.float() / mask.sum(1, keepdim=True).clamp(min=1)
+        return torch.einsum("bt,btd->bd", weight.to(device), hidden.float())
+
+    def logits(self, prompts: list[str], first: list[str], second: list[str]) -> Tensor:
+        """log(p / (1 - p)): (B,) float32 on the model's device, differentiable in one batch."""
+        unique, a, b = self._unique(prompts, first, second)
+        grad = torch.is_grad_enabled() and self.training
+        chunks = [unique] if grad else self._batches(unique, progress=False)
+        scores = [self.head(self.features(chunk))[:, 0] for chunk in chunks if chunk]
+        if not scores:
+            return self.head.weight.new_zeros(0)
+        return self.scale * (torch.cat(scores)[a] - torch.cat(scores)[b])
+
+    @torch.no_grad()
+    def cached_features(
+        self, prompts: list[str], first: list[str], second: list[str], *, progress: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Features (U, D) of the distinct texts, and (B,) each: the rows that a pair compares."""
+        unique, a, b = self._unique(prompts, first, second)
+        rows = [self.features(batch) for batch in self._batches(unique, progress)]
+        device = self.head.weight.device
+        return torch.cat(rows), a.to(device), b.to(device)
+
+    @torch.no_grad()
+    def forward(self, prompts: list[str], first: list[str], second: list[str]) -> Tensor:
+        """P(first > second | prompt): (B,) float32 on the CPU."""
+        logits = self.logits(prompts, first, second).cpu()
+        # 1 - p is exact for p in [1/2, 1], so both orders of a pair sum to 1 to the last bit
+        larger = torch.sigmoid(logits.abs())
+        return torch.where(logits >= 0, larger, 1 - larger)
+
+    def _unique(
+        self, prompts: list[str], first: list[str], second: list[str]
+    ) -> tuple[list[tuple[int, ...]], Tensor, Tensor]:
+        """The distinct token rows, shortest first, and the two rows that each pair compares."""
+        _check_texts(prompts, first, second)
+        seen: dict[tuple, tuple[int, ...]] = {}
+        pairs = []
+        for texts in zip(prompts, first, second, strict=True):
+            keys = []
+            for fields in self.sides(*texts):
+                key = tuple(fields[name] for name in self.fields)
+                keys.append(key)
+                if key not in seen:
+                    seen[key] = self.token_ids(fields)
+            pairs.append(keys)
+        # an order that depends on the texts alone: swapping the responses changes no batch
+        unique = sorted(set(seen.values()), key=lambda ids: (len(ids), ids))
+        position = {ids: i for i, ids in enumerate(unique)}
+        rows = torch.tensor([[position[seen[key]] for key in keys] for keys in pairs]).view(-1, 2)
+        return unique, rows[:, 0].long(), rows[:, 1].long()
+
+    def _batches(self, rows: list[tuple[int, ...]], progress: bool) -> Iterator[list]:
+        size = self.settings["batch_size"]
+        bar = tqdm(total=len(rows), desc="features", unit=" texts", disable=not progress)
+        with bar:
+            for start in range(0, len(rows), size):
+                yield rows[start : start + size]
+                bar.update(len(rows[start : start + size]))
+
+    def save_pretrained(
+        self, folder: str | os.PathLike, *, trunk_path: str | os.PathLike | None = None
+    ) -> None:
+        """Writes config and head, and the trunk unless it lies unchanged in `trunk_path`.
+
+        The folder appears whole or not at all. ValueError if something else is there already.
+        """
+        config = {"format": 1, "kind": self.kind, "settings": self.settings, "trunk_path": None}
+        config["trunk_dtype"] = str(next(self.trunk.parameters()).dtype).removeprefix("torch.")
+        if trunk_path is not None:
+            if not self.frozen:
+                raise ValueError("save_pretrained: trunk_path needs a frozen trunk; leave it out")
+            config["trunk_path"] = os.path.abspath(trunk_path)
+            config["trunk_files"] = _weight_files(config["trunk_path"])
+        with replace_folder(folder, marker=CONFIG) as new:
+            save_file({"head": self.head.weight.detach().cpu()}, new / "head.safetensors")
+            if trunk_path is None:
+                self.trunk.save_pretrained(new / "trunk")
+                self.tokenizer.save_pretrained(new / "trunk")
+            (new / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+
+class PairwiseModel(PreferenceModel):
+    """A general preference: the LM reads the prompt and both responses, in both orders.
+
+    p = sigmoid((s(y, y') - s(y', y)) / 2), s a linear head on the last token. It need not be
+    transitive, which no reward model can express.
+    """
+
+    kind = "pairwise"
+    scale = 0.5
+    fields = ("prompt", "first", "second")
+
+    TEMPLATE = (
+        "Two responses to a prompt are compared.\n\nPrompt: {prompt}\n\nResponse 1: {first}\n\n"
+        "Response 2: {second}\n\nThe preferred response is Response"
+    )
+
+    def __init__(self, trunk: nn.Module, tokenizer: Any, *, template: str = TEMPLATE, **options):
+        super().__init__(trunk, tokenizer, template=template, **options)
+
+    def sides(self, prompt: str, first: str, second: str) -> tuple[dict, dict]:
+        """The pair in both orders."""
+        return (
+            {"prompt": prompt, "first": first, "second": second},
+            {"prompt": prompt, "first": second, "second": first},
+        )
+
+
+class RewardModel(PreferenceModel):
+    """Bradley-Terry: p = sigmoid(r(x, y) - r(x, y')), r a linear head on the pooled hidden states.
+
+    A template without {prompt} gives a reward of the response alone.
+    """
+
+    kind = "reward"
+    fields = ("response",)
+
+    def __init__(
+        self, trunk: nn.Module, tokenizer: Any, *, template: str = "{prompt}\n{response}", **options
+    ):
+        # texts that differ only in fields not in use are scored once
+        self.fields = ("prompt", "response") if "{prompt}" in template else ("response",)
+        super().__init__(trunk, tokenizer, template=template, **options)
+
+    def sides(self, prompt: str, first: str, second: str) -> tuple[dict, dict]:
+        """Each response after the prompt."""
+        return {"prompt": prompt, "response": first}, {"prompt": prompt, "response": second}
+
+    @torch.no_grad()
+    def reward(self, prompts: list[str], responses: list[str]) -> Tensor:
+        """r(x, y): (B,) float32 on the CPU, known up to a constant."""
+        unique, rows, _ = self._unique(prompts, responses, responses)
+        scores = [self.head(self.features(c))[:, 0] for c in self._batches(unique, False)]
+        return torch.cat(scores)[rows].cpu() if scores else torch.zeros(0)
+
+
+class JoinPrompt:
+    """Judges prompt + completion as one text: the response to a fixed instruction.
+
+    For policies that continue the beginning of a text, where words and completion count together.
+    The two are joined as they are, so a completion carries its own leading space.
+    """
+
+    def __init__(self, preference: PreferenceModel, instruction: str) -> None:
+        self.preference = preference
+        self.instruction = instruction
+
+    def __call__(self, prompts: list[str], first: list[str], second: list[str]) -> Tensor:
+        """As `Preference`."""
+        _check_texts(prompts, first, second)
+        return self.preference(
+            [self.instruction] * len(prompts),
+            [p + y for p, y in zip(prompts, first, strict=True)],
+            [p + y for p, y in zip(prompts, second, strict=True)],
+        )
+
+    def save_pretrained(
+        self, folder: str | os.PathLike, *, trunk_path: str | os.PathLike | None = None
+    ) -> None:
+        """As `PreferenceModel.save_pretrained`."""
+        config = {"format": 1, "kind": "join", "instruction": self.instruction}
+        with replace_folder(folder, marker=CONFIG) as new:
+            self.preference.save_pretrained(new / "model", trunk_path=trunk_path)
+            (new / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+
+KINDS = {model.kind: model for model in (PairwiseModel, RewardModel)}
+
+
+def load_trunk(
+    folder: str | os.PathLike, dtype: torch.dtype | None = None
+) -> tuple[nn.Module, Any]:
+    """(trunk, tokenizer) of a folder of transformers, the LM head left out; no download.
+
+    dtype: that of the file by default. ValueError for a missing, corrupt or incomplete folder.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: holds no model (config.json is missing)")
+    try:
+        trunk, info = AutoModel.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: the model cannot be loaded: {_line(error)}") from error
+    if info["missing_keys"] or info["mismatched_keys"]:
+        missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        raise ValueError(f"{folder}: weights are missing, {missing[0]} among {len(missing)}")
+    return trunk, tokenizer
+
+
+def load_preference(
+    folder: str | os.PathLike, *, device: torch.device | str | None = None
+) -> PreferenceModel | JoinPrompt:
+    """What `save_pretrained` wrote, on `device`; ValueError names what is missing or corrupt."""
+    folder = Path(folder)
+    where = f"preference {folder}"
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{where}: holds no preference model ({CONFIG} is missing)")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if config["kind"] == "join":
+            inner = load_preference(folder / "model", device=device)
+            return JoinPrompt(inner, str(config["instruction"]))
+        kind, settings, trunk_path = KINDS[config["kind"]], config["settings"], config["trunk_path"]
+        dtype = getattr(torch, config["trunk_dtype"])
+        files = config["trunk_files"] if trunk_path else None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{where}: {CONFIG} is corrupt: {_line(error)}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where}: {CONFIG} lacks or misstates {_line(error)}") from error
+    if trunk_path and _weight_files(trunk_path) != files:
+        raise ValueError(f"{where}: its trunk {trunk_path} has moved or changed; train it again")
+    trunk, tokenizer = load_trunk(trunk_path or folder / "trunk", dtype)
+    try:
+        model = kind(trunk, tokenizer, **settings)
+        head = load_file(folder / "head.safetensors")["head"]
+    except TypeError as error:
+        raise ValueError(f"{where}: {CONFIG} lacks or misstates {_line(error)}") from error
+    except (OSError, KeyError, SafetensorError) as error:
+        raise ValueError(
+            f"{where}: head.safetensors is missing or corrupt: {_line(error)}"
+        ) from error
+    if head.shape != model.head.weight.shape or not torch.isfinite(head).all():
+        raise ValueError(
+            f"{where}: the head must be finite and {tuple(model.head.weight.shape)}, "
+            f"got {tuple(head.shape)}; the folder is corrupt or its trunk another"
+        )
+    model.head.weight.data.copy_(head)
+    return model.to(device)
+
+
+class Checked:
+    """A preference whose every answer is looked at: B finite probabilities, else ValueError."""
+
+    def __init__(self, preference: Callable) -> None:
+        self.preference = preference
+
+    def __call__(self, prompts: list[str], first: list[str], second: list[str]) -> Tensor:
+        """As `Preference`; the callable may return a list, an array or a tensor."""
+        _check_texts(prompts, first, second)
+        answer = self.preference(prompts, first, second)
+        try:
+            p = torch.as_tensor(answer)
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"preference: must return {len(first)} numbers: {_line(error)}"
+            ) from error
+        p = p.detach().to("cpu", torch.float32)
+        if p.shape != (len(first),):
+            raise ValueError(f"preference: must return ({len(first)},), got {tuple(p.shape)}")
+        # written so that NaN counts as wrong
+        wrong = (~((p >= 0) & (p <= 1))).nonzero()[:, 0]
+        if len(wrong):
+            i = int(wrong[0])
+            raise ValueError(
+                f"preference: must be a probability in [0, 1], got {p[i].item()} at index {i}"
+            )
+        return p
+
+
+def as_preference(source: Any, *, device: torch.device | str | None = None) -> Checked:
+    """A checked preference from a callable, a "module:function" or a saved folder.
+
+    device: where a saved model is put; a callable stays where it is.
+    """
+    if isinstance(source, Checked):
+        return source
+    if isinstance(source, str) and re.fullmatch(r"[\w.]+:[\w.]+", source):
+        module, _, path = source.partition(":")
+        try:
+            target: Any = importlib.import_module(module)
+            for name in path.split("."):
+                target = getattr(target, name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"preference {source}: cannot be imported: {_line(error)}") from error
+        source = target
+    elif isinstance(source, (str, os.PathLike)):
+        source = load_preference(source, device=device)
+    if not callable(source):
+        raise ValueError(
+            "preference: must be a callable (prompts, first, second), a module:function or a saved "
+            f"folder, got {type(source).__name__}"
+        )
+    return Checked(source)
+
+
+def _check_texts(prompts: list[str], first: list[str], second: list[str]) -> None:
+    sizes = (len(prompts), len(first), len(second))
+    if len(set(sizes)) != 1:
+        raise ValueError(f"preference: prompts, first and second must have one length, got {sizes}")
+    for name, texts in (("prompts", prompts), ("first", first), ("second", second)):
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"preference: {name} must be strings, got {type(text).__name__} at index {i}; "
+                    "messages become strings through nlhf.data.plain_text"
+                )
+
+
+def _cut(trunk: nn.Module, n_layers: int | None, name: str) -> nn.Module:
+    """The trunk with its first layers only; its final norm stays."""
+    if n_layers is None:
+        return trunk
+    attribute = next(
+        (a for a in ("layers", "h") if isinstance(getattr(trunk, a, None), nn.ModuleList)), None
+    )
+    if attribute is None:
+        raise ValueError(f"{name}: n_layers: no list of layers found in {type(trunk).__name__}")
+    layers = getattr(trunk, attribute)
+    if not 1 <= n_layers <= len(layers):
+        raise ValueError(f"{name}: n_layers must be 1 to {len(layers)}, got {n_layers}")
+    trunk.config = copy.deepcopy(trunk.config)
+    trunk.config.num_hidden_layers = n_layers
+    if getattr(trunk.config, "layer_types", None):
+        trunk.config.layer_types = list(trunk.config.layer_types)[:n_layers]
+    setattr(trunk, attribute, layers[:n_layers])
+    return trunk
+
+
+def _weight_files(folder: str) -> dict[str, int]:
+    """Name and size in bytes of every weight file: cheap, and enough to notice another trunk."""
+    return {path.name: path.stat().st_size for path in Path(folder).glob("*.safetensors")}
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,21 @@
+"""Fused ops for Nash learning from human feedback: mixture sampling, pairwise policy gradients."""
+
+from nlhf_kernels.eager import MixtureSample, PairwisePGLoss, TokenLogprobs, fold_in
+from nlhf_kernels.ops.mixture_sample import mixture_sample
+from nlhf_kernels.ops.pairwise_pg_loss import pairwise_pg_loss
+from nlhf_kernels.ops.token_logprobs import token_logprobs
+from nlhf_kernels.registry import BACKENDS, use_backend
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BACKENDS",
+    "MixtureSample",
+    "PairwisePGLoss",
+    "TokenLogprobs",
+    "fold_in",
+    "mixture_sample",
+    "pairwise_pg_loss",
+    "token_logprobs",
+    "use_backend",
+]

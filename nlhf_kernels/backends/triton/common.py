@@ -1,0 +1,382 @@
+"""What the Triton kernels share: launching, arithmetic, random numbers, the two row kernels.
+
+Conventions of every kernel here: logits are converted to the statistics dtype (float32, or float64
+for float64) right after the load, statistics are shifted by a maximum before the division by the
+temperature, and a row's offset is int64 before it is multiplied. Scalars arrive as float64, so that
+float64 statistics lose nothing, and are rounded to the statistics dtype inside.
+"""
+
+import contextlib
+import warnings
+
+import torch
+import triton
+import triton.language as tl
+
+# fixed when triton is imported, like the mode itself
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+TILE = tl.constexpr(1024)
+UINT32 = 0xFFFFFFFF
+
+# ids per step of the row kernels, and the warps that share them: 16 float32 a thread
+BLOCK = 2048
+WARPS = 4
+
+
+# ---- the host's side
+
+
+def statistics_dtype(*logits):
+    wide = any(x is not None and x.dtype == torch.float64 for x in logits)
+    return torch.float64 if wide else torch.float32
+
+
+def signed_word(word):
+    """The low 32 bits of an int as the int32 that holds them."""
+    word &= UINT32
+    return word - (1 << 32) if word >> 31 else word
+
+
+def launch(kernel, grid, anchor, *arguments, **options):
+    """Run a kernel on the device of the tensor ``anchor``; the caller excludes empty grids."""
+    with _scope(anchor):
+        kernel[grid](*arguments, **options)
+
+
+def _scope(anchor):
+    if anchor.is_cuda:
+        return torch.cuda.device_of(anchor)
+    return _interpreter_scope() if INTERPRETED.value else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _interpreter_scope():
+    # numpy stands in for the device and would warn of infinities that are meant
+    import numpy
+
+    with numpy.errstate(all="ignore"), warnings.catch_warnings():
+        # triton 3.6 turns loop bounds into indices in a way that numpy has deprecated
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
+def row_layout(logits):
+    """(rows, rows per batch entry, batch stride, row stride) of logits (N, V) or (B, T, V)."""
+    if logits.dim() == 2:
+        return logits.shape[0], max(logits.shape[0], 1), 0, logits.stride(0)
+    B, T, _ = logits.shape
+    return B * T, max(T, 1), logits.stride(0), logits.stride(1)
+
+
+def row_statistics(logits, tokens, mask, temperature, softcap):
+    """(logprobs, entropy, lse), each of tokens' shape; 0 in the rows that ``mask`` leaves out."""
+    rows, length, batch_stride, row_stride = row_layout(logits)
+    outputs = [
+        torch.empty(tokens.shape, dtype=statistics_dtype(logits), device=logits.device)
+        for _ in range(3)
+    ]
+    if rows:
+        launch(
+            row_statistics_kernel,
+            (rows,),
+            logits,
+            logits,
+            tokens.contiguous(),
+            None if mask is None else mask.contiguous().view(torch.uint8),
+            *outputs,
+            batch_stride,
+            row_stride,
+            length,
+            logits.shape[-1],
+            temperature,
+            softcap,
+            SOFTCAP=softcap != 0,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
+    return outputs
+
+
+def row_gradient(
+    grad_logits,
+    logits,
+    tokens,
+    mask,
+    lse,
+    entropy,
+    grad_logprobs,
+    grad_entropy,
+    grad_scale,
+    temperature,
+    softcap,
+):
+    """Write the gradient; ``grad_scale``, one number on the device, scales ``grad_logprobs``."""
+    rows, length, batch_stride, row_stride = row_layout(logits)
+    _, _, grad_batch_stride, grad_row_stride = row_layout(grad_logits)
+    if not rows:
+        return
+    vocab = logits.shape[-1]
+    launch(
+        row_gradient_kernel,
+        (rows, triton.cdiv(vocab, BLOCK)),
+        logits,
+        grad_logits,
+        logits,
+        tokens.contiguous(),
+        None if mask is None else mask.contiguous().view(torch.uint8),
+        lse,
+        entropy,
+        grad_logprobs,
+        grad_entropy,
+        grad_scale,
+        grad_batch_stride,
+        grad_row_stride,
+        batch_stride,
+        row_stride,
+        length,
+        vocab,
+        temperature,
+        softcap,
+        SOFTCAP=softcap != 0,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+    )
+
+
+# ---- arithmetic
+
+
+@triton.jit
+def row_offset(row, length, batch_stride, row_stride):
+    """Where row ``row`` of (B, T, V) logits starts, in elements."""
+    row = row.to(tl.int64)
+    return row // length * batch_stride + row % length * row_stride
+
+
+@triton.jit
+def largest(x, axis: tl.constexpr):
+    """The maximum of what is not NaN, -inf if nothing is left."""
+    if INTERPRETED:
+        # numpy warns of a slice that holds nothing else; compiled code leaves NaN out by itself
+        x = tl.where(x == x, x, float("-inf"))
+    return tl.max(x, axis)
+
+
+@triton.jit
+def shift_of(top):
+    """What to subtract where the maximum is ``top``: -inf - -inf would be NaN."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def soft_capped(x, cap):
+    """cap * tanh(x / cap): within 2 ulp of cap in float32, where libdevice is out of reach."""
+    y = x / cap
+    t = tl.exp(-2.0 * tl.abs(y))
+    far = (1.0 - t) / (1.0 + t)
+    far = tl.where(y < 0, -far, far)
+    if x.dtype == tl.float64:
+        return cap * far
+    # 1 - t cancels near 0, so the Taylor series up to y^11 takes over
+    s = y * y
+    near = -1382.0 / 155925.0
+    near = near * s + 62.0 / 2835.0
+    near = near * s - 17.0 / 315.0
+    near = near * s + 2.0 / 15.0
+    near = near * s - 1.0 / 3.0
+    near = y + y * s * near
+    return cap * tl.where(s < 0.0625, near, far)
+
+
+@triton.jit
+def soft_capped_slope(x, cap):
+    """1 - tanh(x / cap)^2, in a form that does not cancel."""
+    t = tl.exp(-2.0 * tl.abs(x / cap))
+    return 4.0 * t / ((1.0 + t) * (1.0 + t))
+
+
+@triton.jit
+def rounded_to(x, dtype: tl.constexpr):
+    """``x`` in the dtype of the output, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        # the interpreter truncates, and loses subnormal numbers: round the bits by hand
+        bits = x.to(tl.uint32, bitcast=True)
+        up = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        # a NaN's payload must not carry into the sign or vanish
+        up = tl.where(x == x, up, 0x7FC0)
+        return up.to(tl.uint16).to(dtype, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+# ---- random numbers
+
+
+@triton.jit
+def word(x):
+    """The bits of an integer's low half as uint32."""
+    return (x.to(tl.int64) & 0xFFFFFFFF).to(tl.uint32)
+
+
+@triton.jit
+def philox(key_low, key_high, c0, c1, c2, c3):
+    """Four words of Philox 4x32-10; all arguments are uint32 and broadcast."""
+    # tl.philox turns into Philox 4x64, another stream, as soon as its first counter is wider
+    tl.static_assert(c0.dtype == tl.uint32)
+    seed = (key_high.to(tl.uint64) << 32) | key_low.to(tl.uint64)
+    return tl.philox(seed, c0, c1, c2, c3)
+
+
+@triton.jit
+def gumbel(x, dtype: tl.constexpr):
+    """Standard Gumbel noise from uint32 words: -log(-log1p(-u)), u = (x + 0.5) / 2^32."""
+    u = (x.to(dtype) + 0.5) * (1.0 / 4294967296.0)
+    u = tl.minimum(u, 1.0 - 1.0 / 16777216.0)
+    # 33 bits: exact in float64
+    exponential = -tl.log(1.0 - u)
+    if dtype == tl.float32:
+        # the compiled log has an absolute error of 2^-22 near 1, which is where the tail comes
+        # from; below u = 1/8 eight terms of the series of log1p have a relative error of 7e-9
+        series = u / 8.0 + 1.0 / 7.0
+        series = series * u + 1.0 / 6.0
+        series = series * u + 1.0 / 5.0
+        series = series * u + 1.0 / 4.0
+        series = series * u + 1.0 / 3.0
+        series = series * u + 1.0 / 2.0
+        series = series * u + 1.0
+        exponential = tl.where(u < 0.125, series * u, exponential)
+    return -tl.log(exponential)
+
+
+# ---- the row kernels
+
+
+@triton.jit(do_not_specialize=["length"])
+def row_statistics_kernel(
+    logits_ptr,
+    tokens_ptr,
+    mask_ptr,
+    logprobs_ptr,
+    entropy_ptr,
+    lse_ptr,
+    batch_stride,
+    row_stride,
+    length,
+    vocab,
+    temperature: tl.float64,
+    softcap: tl.float64,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row per program: log-probability of its token, entropy and log-sum-exp, in one read.
+
+    Online: ``total`` and ``weighted`` are the sums of exp(d) and d * exp(d), d the tempered
+    distance to the running maximum ``top``.
+    """
+    dtype: tl.constexpr = lse_ptr.dtype.element_ty
+    row = tl.program_id(0)
+    divisor = tl.full((), temperature, tl.float64).to(dtype)
+    cap = tl.full((), softcap, tl.float64).to(dtype)
+    keep = True
+    stop = vocab
+    if mask_ptr is not None:
+        keep = tl.load(mask_ptr + row) != 0
+        # nothing of a row under the mask is read
+        stop = tl.where(keep, vocab, 0)
+    logits_ptr += row_offset(row, length, batch_stride, row_stride)
+
+    top = tl.full((), float("-inf"), dtype)
+    total = tl.full((), 0.0, dtype)
+    weighted = tl.full((), 0.0, dtype)
+    for start in range(0, stop, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        inside = ids < vocab
+        x = tl.load(logits_ptr + ids, mask=inside, other=0).to(dtype)
+        if SOFTCAP:
+            x = soft_capped(x, cap)
+        x = tl.where(inside, x, float("-inf"))
+        higher = tl.maximum(top, largest(x, 0))
+        shift = shift_of(higher)
+        down = (top - shift) / divisor
+        factor = tl.exp(down)
+        d = (x - shift) / divisor
+        e = tl.exp(d)
+        # where the factor is 0 there is nothing to carry, and 0 * inf must not be formed
+        carried = tl.where(factor == 0, 0.0, factor * (weighted + total * down))
+        weighted = carried + tl.sum(tl.where(d == float("-inf"), 0.0, e * d), 0)
+        total = total * factor + tl.sum(e, 0)
+        top = higher
+
+    token = tl.load(tokens_ptr + row, mask=keep, other=-1)
+    known = (token >= 0) & (token < vocab)
+    x = tl.load(logits_ptr + tl.where(known, token, 0), mask=known, other=0).to(dtype)
+    if SOFTCAP:
+        x = soft_capped(x, cap)
+    log_total = tl.log(total)
+    logprob = tl.where(known, (x - top) / divisor - log_total, float("nan"))
+    tl.store(logprobs_ptr + row, tl.where(keep, logprob, 0.0))
+    tl.store(entropy_ptr + row, tl.where(keep, log_total - weighted / total, 0.0))
+    tl.store(lse_ptr + row, tl.where(keep, top / divisor + log_total, 0.0))
+
+
+@triton.jit(do_not_specialize=["length"])
+def row_gradient_kernel(
+    grad_ptr,
+    logits_ptr,
+    tokens_ptr,
+    mask_ptr,
+    lse_ptr,
+    entropy_ptr,
+    grad_logprobs_ptr,
+    grad_entropy_ptr,
+    grad_scale_ptr,
+    grad_batch_stride,
+    grad_row_stride,
+    batch_stride,
+    row_stride,
+    length,
+    vocab,
+    temperature: tl.float64,
+    softcap: tl.float64,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One block of one row per program: g (delta - p) - h p (log p + H), through the scaling.
+
+    No program reads what another writes, so the gradient may overwrite the logits.
+    """
+    dtype: tl.constexpr = lse_ptr.dtype.element_ty
+    row = tl.program_id(0)
+    divisor = tl.full((), temperature, tl.float64).to(dtype)
+    cap = tl.full((), softcap, tl.float64).to(dtype)
+    ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    keep = True
+    stop = vocab
+    if mask_ptr is not None:
+        keep = tl.load(mask_ptr + row) != 0
+        # nothing of a row under the mask is read
+        stop = tl.where(keep, vocab, 0)
+    wanted = ids < stop
+    logits_ptr += row_offset(row, length, batch_stride, row_stride)
+    grad_ptr += row_offset(row, length, grad_batch_stride, grad_row_stride)
+
+    token = tl.load(tokens_ptr + row, mask=keep, other=-1)
+    g = tl.load(grad_logprobs_ptr + row)
+    if grad_scale_ptr is not None:
+        g *= tl.load(grad_scale_ptr)
+    g = tl.where((token >= 0) & (token < vocab), g, 0.0)
+    z = tl.load(logits_ptr + ids, mask=wanted, other=0).to(dtype)
+    x = z
+    if SOFTCAP:
+        x = soft_capped(z, cap)
+    logp = x / divisor - tl.load(lse_ptr + row)
+    p = tl.exp(logp)
+    grad = g * (tl.where(ids == token, 1.0, 0.0) - p)
+    if grad_entropy_ptr is not None:
+        h = tl.load(grad_entropy_ptr + row)
+        grad -= h * tl.where(p == 0, 0.0, p * (logp + tl.load(entropy_ptr + row)))
+    grad = grad / divisor
+    if SOFTCAP:
+        grad *= soft_capped_slope(z, cap)
+    grad = tl.where(wanted, grad, 0.0)
+    tl.store(grad_ptr + ids, rounded_to(grad, grad_ptr.dtype.element_ty), mask=ids < vocab)

@@ -1,0 +1,429 @@
+"""The mathematics: every op as plain PyTorch, with no hand-written gradient, on any device.
+
+Legend: B sequences or rows, T tokens, N = B * T, V vocabulary. pi is the trained policy, ref the
+frozen reference policy. Statistics are float32, or float64 as soon as one input is float64.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TILE = 1024
+_MASK32 = 0xFFFFFFFF
+
+
+class MixtureSample(NamedTuple):
+    tokens: Tensor
+    policy_logprobs: Tensor
+    ref_logprobs: Tensor
+    sampling_logprobs: Tensor
+    log_kept_mass: Tensor
+
+
+class TokenLogprobs(NamedTuple):
+    logprobs: Tensor
+    entropy: Tensor
+
+
+class PairwisePGLoss(NamedTuple):
+    loss: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    entropy: Tensor
+    kl: Tensor
+
+
+def statistics_dtype(*logits: Tensor | None) -> torch.dtype:
+    """float64 if any of the tensors is float64, else float32."""
+    wide = any(x is not None and x.dtype == torch.float64 for x in logits)
+    return torch.float64 if wide else torch.float32
+
+
+# ---- random numbers
+
+
+def philox(counter: tuple, key: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox 4x32-10 (Salmon et al. 2011, Random123) on int64 tensors that hold 32-bit words.
+
+    ``counter`` is four, ``key`` two broadcastable tensors or ints; returns four tensors of words.
+    """
+    c0, c1, c2, c3 = (torch.as_tensor(c) for c in counter)
+    k0, k1 = (torch.as_tensor(k) for k in key)
+    for _ in range(10):
+        # the 64-bit products wrap around in int64, which leaves their bits as they should be
+        low, high = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1 = ((high >> 32) ^ c1 ^ k0) & _MASK32, high & _MASK32
+        c2, c3 = ((low >> 32) ^ c3 ^ k1) & _MASK32, low & _MASK32
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
+    return c0, c1, c2, c3
+
+
+def fold_in(seed: int | Tensor, k: int | Tensor) -> int | Tensor:
+    """A new independent seed from a seed and a number: the first two words of Philox.
+
+    The key is ``seed``, the counter (k low, k high, 0, 2**31), a block that no draw uses. Both
+    arguments are int64, scalars or broadcastable tensors. Returns an int if both are ints, else an
+    int64 tensor.
+    """
+    key, count = torch.as_tensor(seed), torch.as_tensor(k)
+    words = philox((count & _MASK32, (count >> 32) & _MASK32, 0, 1 << 31), _split(key))
+    folded = words[0] | (words[1] << 32)
+    return folded if isinstance(seed, Tensor) or isinstance(k, Tensor) else int(folded)
+
+
+def _split(seed: Tensor) -> tuple[Tensor, Tensor]:
+    return seed & _MASK32, (seed >> 32) & _MASK32
+
+
+def gumbel(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """Standard Gumbel noise of ``dtype`` from 32-bit words in int64; range [-2.81, 22.87]."""
+    u = ((words.to(dtype) + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    return -torch.log(-torch.log1p(-u))
+
+
+# ---- sampling
+
+
+def mixture_sample(
+    policy_logits: Tensor,
+    ref_logits: Tensor | None = None,
+    *,
+    mixture_coef: float | Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+    seed: int | Tensor,
+    position: int | Tensor,
+    check: bool = False,
+    extrapolate: bool = False,
+    backend: str = "",
+) -> MixtureSample:
+    """Draw one token per row from the geometric mixture of a policy and a reference policy.
+
+    Formula (Munos et al. 2023, appendix F.1, one step at a time), with b = ``mixture_coef``::
+
+        tokens ~ filter(softmax(((1 - b) * policy_logits + b * ref_logits) / temperature))
+
+    Args:
+        policy_logits: (B, V) float16, bfloat16, float32 or float64; any row stride, last stride 1.
+        ref_logits: (B, V), its dtype and row stride may differ; ``None`` is a plain sampler, and
+            then ``mixture_coef`` is 0 or left out.
+        mixture_coef: weight of the reference in [0, 1] (outside only with ``extrapolate``).
+        temperature: at least 0; 0 takes the argmax, the lowest id on a tie.
+        top_k, top_p, min_p: filters, applied in this order after mixing and temperature, each on
+            what is left and renormalised; min_p is relative to the maximum. Off: 0, 1, 0. Ties:
+            lowest id first, exactly ``top_k`` survive.
+        seed: int64. Rows with equal seed and position share their noise; an int s gives row r the
+            seed ``fold_in(s, r)``. With explicit seeds a draw does not depend on the batch around
+            it.
+        position: int64, at least 0: how many tokens the row has generated (its low 32 bits count).
+        check: look at the values of tensors (a host sync) and raise on a bad row or parameter.
+        extrapolate: allow coefficients outside [0, 1] (contrastive decoding).
+        backend: "", "eager", "cpp", "triton" or "cuda".
+
+        ``mixture_coef``, ``temperature``, the filters, ``seed`` and ``position`` are scalars or
+        (B,) tensors on the device of the logits.
+
+    Returns:
+        ``MixtureSample``, each (B,): ``tokens`` int64; ``policy_logprobs`` and ``ref_logprobs``
+        (empty without a reference) of the whole distributions at the sampling temperature (at 1
+        when it is 0);
+        ``sampling_logprobs`` of the filtered mixture; ``log_kept_mass`` <= 0 of the filters, so
+        that log of the whole mixture = sampling_logprobs + log_kept_mass. In nats.
+
+        A token that is -inf in a model with a nonzero coefficient is never drawn. A row with NaN or
+        +inf, or without a finite logit, gives token -1 and NaN.
+
+    Raises:
+        ValueError: wrong shapes, dtypes or devices, Python scalars out of range, and with
+            ``check=True`` tensor values out of range or a bad row, which is named.
+
+    Numerics: float32 statistics (float64 if an input is). The draw is exact and the same on every
+    backend but for floating-point ties: one Gumbel per tile of 1,024 ids picks the tile, a Gumbel
+    race picks the id inside it; the noise is Philox 4x32-10 keyed by seed, counted by (position,
+    tile, stage, block).
+    """
+    with torch.no_grad():
+        dtype = statistics_dtype(policy_logits, ref_logits)
+        B = policy_logits.shape[0]
+        device = policy_logits.device
+
+        def row(value, default_dtype=dtype):
+            return torch.as_tensor(value, dtype=default_dtype, device=device).expand(B)[:, None]
+
+        coef, heat = row(0.0 if mixture_coef is None else mixture_coef), row(temperature)
+        policy = policy_logits.to(dtype)
+        ref = None if ref_logits is None else ref_logits.to(dtype)
+        mixture = policy if ref is None else _mix(policy, ref, coef)
+
+        greedy = heat == 0
+        divisor = torch.where(greedy, 1, heat)
+        scores = _tempered(mixture, divisor)
+        kept = scores
+        if not filters_off(top_k, top_p, min_p):
+            keep = _keep(scores, row(top_k, torch.int64), row(top_p), row(min_p))
+            kept = scores.masked_fill(~keep, -torch.inf)
+
+        if isinstance(seed, Tensor):
+            seeds = seed.expand(B)
+        else:
+            seeds = fold_in(seed, torch.arange(B, device=device))
+        drawn = _draw(kept, seeds, row(position, torch.int64)[:, 0])
+        tokens = torch.where(greedy[:, 0], mixture.argmax(-1), drawn)
+
+        bad = ~_usable(policy) | ~_usable(mixture)
+        if ref is not None:
+            bad |= ~_usable(ref)
+
+        def at_token(x):
+            logprobs = (x - x.logsumexp(-1, keepdim=True)).gather(-1, tokens[:, None])[:, 0]
+            return logprobs.masked_fill(bad, torch.nan)
+
+        whole, truncated = scores.logsumexp(-1), kept.logsumexp(-1)
+        kept_mass = (truncated - whole).clamp(max=0)
+        return MixtureSample(
+            tokens.masked_fill(bad, -1),
+            at_token(_tempered(policy, divisor)),
+            policy.new_empty(0) if ref is None else at_token(_tempered(ref, divisor)),
+            torch.where(greedy[:, 0] & ~bad, 0, at_token(kept)),
+            torch.where(greedy[:, 0], 0, kept_mass).masked_fill(bad, torch.nan),
+        )
+
+
+def filters_off(top_k: int | Tensor, top_p: float | Tensor, min_p: float | Tensor) -> bool:
+    """Whether no filter is asked for; a tensor counts as asked for: looking would be a sync."""
+    scalars = not any(isinstance(x, Tensor) for x in (top_k, top_p, min_p))
+    return scalars and top_k == 0 and top_p == 1 and min_p == 0
+
+
+def _mix(policy: Tensor, ref: Tensor, coef: Tensor) -> Tensor:
+    """(1 - coef) * policy + coef * ref; a coefficient of 0 leaves its model out, infinities too."""
+    policy = torch.where(coef == 1, 0, policy)
+    ref = torch.where(coef == 0, 0, ref)
+    never = (policy == -torch.inf) | (ref == -torch.inf)
+    return ((1 - coef) * policy + coef * ref).masked_fill(never, -torch.inf)
+
+
+def _tempered(logits: Tensor, divisor: Tensor) -> Tensor:
+    """Scaled logits whose maximum is 0, so that a tiny temperature does not overflow."""
+    return (logits - logits.amax(-1, keepdim=True)) / divisor
+
+
+def _usable(logits: Tensor) -> Tensor:
+    """(B,) no NaN, no +inf and a finite value in a row: its maximum says all three."""
+    return logits.amax(-1).isfinite()
+
+
+def _keep(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """(B, V) which tokens the three filters keep."""
+    scores, order = scores.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)
+    keep = (top_k == 0) | (rank < top_k)
+    mass = scores.masked_fill(~keep, -torch.inf).softmax(-1).double().cumsum(-1)
+    before = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], -1)
+    keep &= (top_p >= 1) | (rank == 0) | (before < top_p)
+    keep &= scores >= min_p.log()
+    return torch.empty_like(keep).scatter_(-1, order, keep)
+
+
+def _draw(scores: Tensor, seeds: Tensor, position: Tensor) -> Tensor:
+    """The hierarchical draw: (B,) ids from softmax(scores), (B, V) with -inf for what is out."""
+    B, V = scores.shape
+    count = -(-V // TILE)
+    tiles = torch.nn.functional.pad(scores, (0, count * TILE - V), value=-torch.inf)
+    tiles = tiles.view(B, count, TILE)
+    key = tuple(k[:, None] for k in _split(seeds))
+    place = (position & _MASK32)[:, None]
+
+    tile_ids = torch.arange(count, device=scores.device)
+    first = philox((place, tile_ids, 1, 0), key)[0]
+    winner = (tiles.logsumexp(-1) + gumbel(first, scores.dtype)).argmax(-1)
+
+    blocks = torch.arange(TILE // 4, device=scores.device)
+    words = torch.stack(philox((place, winner[:, None], 2, blocks), key), -1).view(B, TILE)
+    inside = tiles.gather(1, winner[:, None, None].expand(B, 1, TILE))[:, 0]
+    lane = (inside + gumbel(words, scores.dtype)).argmax(-1)
+    return winner * TILE + lane
+
+
+# ---- log-probabilities
+
+
+def token_logprobs(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    inplace_backward: bool = False,
+    backend: str = "",
+) -> TokenLogprobs:
+    """Log-probability of each token and entropy of its distribution, both differentiable.
+
+    Formula::
+
+        s = softcap * tanh(logits / softcap) / temperature   (softcap=None: logits / temperature)
+        logprobs = s[tokens] - logsumexp(s)
+        entropy = logsumexp(s) - sum_i softmax(s)_i s_i
+
+    Args:
+        logits: (N, V) or (B, T, V) float16, bfloat16, float32 or float64; any row strides (so
+            ``full[:, :-1]`` costs no copy), last stride 1.
+        tokens: (N,) or (B, T) int64 in [0, V). Outside: ``ValueError`` on the CPU; elsewhere, where
+            looking would stall the device, a NaN log-probability without a gradient.
+        temperature: above 0.
+        softcap: above 0, or ``None``.
+        inplace_backward: let the backward write the gradient over ``logits``: no other use of them
+            may follow, and a second backward raises. Ignored under torch.compile.
+        backend: "", "eager", "cpp", "triton" or "cuda".
+
+    Returns:
+        ``TokenLogprobs``: ``logprobs`` and ``entropy``, the shape of ``tokens``, in nats.
+
+    Raises:
+        ValueError: wrong shapes, dtypes or devices, parameters out of range.
+
+    Numerics: float32 accumulation and outputs (float64 for float64); the gradient is rounded once
+    to the dtype of the logits. 0 * -inf counts as 0 in the entropy.
+    """
+    scores = _scores(logits, temperature, softcap)
+    logs = scores.log_softmax(-1)
+    inside = (tokens >= 0) & (tokens < logits.shape[-1])
+    chosen = logs.gather(-1, torch.where(inside, tokens, 0)[..., None])[..., 0]
+    # the product is cut where p = 0 before it is made: 0 * -inf would poison the gradient as well
+    finite = torch.where(logs == -torch.inf, 0, logs)
+    entropy = -(logs.exp() * finite).sum(-1)
+    return TokenLogprobs(torch.where(inside, chosen, torch.nan), entropy)
+
+
+def _scores(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
+    scores = logits.to(statistics_dtype(logits))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores / temperature
+
+
+# ---- losses
+
+
+def pairwise_pg_loss(
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor,
+    preference: Tensor,
+    *,
+    tau: float,
+    ref_logprobs: Tensor | None = None,
+    ref_logits: Tensor | None = None,
+    policy_logprobs: Tensor | None = None,
+    kl: str = "reward_to_go",
+    baseline: float = 0.5,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    inplace_backward: bool = False,
+    backend: str = "",
+) -> PairwisePGLoss:
+    """The policy-gradient loss of Nash learning, whose gradient is that of tau KL - preference.
+
+    Formula (Munos et al. 2023, equation 13, and appendix F for "reward_to_go"), with
+    ell_n = log pi(y_n) - log ref(y_n) and p the preference of y over the opponent's answer::
+
+        loss = -(1/B) sum_b sum_n log pi(y_n) * stop_gradient[p_b - baseline - tau * K_n]
+        K_n = sum_{m >= n} ell_m   "reward_to_go": unbiased, less variance
+              sum_m ell_m          "sequence": unbiased
+              ell_n                "token": biased (it is TRL's; kept for comparison)
+
+    Args:
+        logits: padded (B, T, V), or packed (N, V) with ``cu_seqlens``; float16, bfloat16, float32
+            or float64; row n predicts ``tokens[n]``; any row strides, last stride 1.
+        tokens: (B, T) or (N,) int64. Ids under the mask are never read; see ``token_logprobs`` for
+            ids outside [0, V).
+        mask: bool or integer, the shape of ``tokens``: nonzero for the tokens of y, its end of
+            sequence included.
+        preference: (B,) floating, P(y > y'), or any real per sequence (a reward).
+        tau: strength of the KL regularisation, at least 0; 0 if there is no reference.
+        ref_logprobs: the shape of ``tokens``, log ref(y_n) at the same temperature; or
+        ref_logits: the shape of ``logits``, from which they are computed. At most one of the two.
+        policy_logprobs: the shape of ``tokens``, log pi(y_n) under the current weights: taken in
+            place of those of ``logits`` inside the stop_gradient only.
+        kl: "reward_to_go", "sequence" or "token".
+        baseline: subtracted from the preference: P(y > y) = 1/2 needs no value function.
+        temperature: above 0: the rollout's.
+        softcap: above 0, or ``None``.
+        cu_seqlens: (B + 1,) int32 or int64, offsets of the packed sequences, from 0 to N.
+        inplace_backward: let the backward write the gradient over ``logits``: no other use of them
+            may follow, and a second backward raises. Ignored under torch.compile.
+        backend: "", "eager", "cpp", "triton" or "cuda".
+
+    Returns:
+        ``PairwisePGLoss``: ``loss`` (), the sum over tokens and the mean over sequences (0 if B =
+        0), and detached, the shape of ``tokens``, 0 under the mask: ``logprobs``,
+        ``ref_logprobs``, ``entropy`` and ``kl`` = ell_n; ``ref_logprobs`` and ``kl`` are empty
+        without a reference. In nats.
+
+    Raises:
+        ValueError: wrong shapes, dtypes or devices, parameters out of range, another ``kl``.
+
+    Numerics: float32 accumulation and outputs (float64 for float64 logits); the gradient is
+    rounded once to the dtype of the logits and exactly 0 in rows under the mask, whatever these
+    hold.
+    """
+    dtype = statistics_dtype(logits)
+    mask = mask != 0
+
+    def masked(x):
+        return torch.where(mask, x.to(dtype), 0)
+
+    # masked rows may hold anything: cut before the softmax, or NaN comes back through the gradient
+    scores = torch.where(mask[..., None], logits, 0)
+    safe_tokens = torch.where(mask, tokens, 0)
+    settings = {"temperature": temperature, "softcap": softcap}
+    logprobs, entropy = token_logprobs(scores, safe_tokens, **settings)
+    logprobs, entropy = masked(logprobs), masked(entropy)
+    if ref_logits is not None:
+        clean = torch.where(mask[..., None], ref_logits.to(dtype), 0)
+        ref_logprobs = token_logprobs(clean, safe_tokens, **settings).logprobs
+    if ref_logprobs is not None:
+        ref_logprobs = masked(ref_logprobs).detach()
+
+    sequence = _sequence_ids(tokens, cu_seqlens)
+    advantage = masked(preference.to(dtype)[sequence] - baseline)
+    ell = logprobs.new_empty(0)
+    if ref_logprobs is not None:
+        current = logprobs if policy_logprobs is None else policy_logprobs
+        ell = masked(current).detach() - ref_logprobs
+        if tau:
+            advantage = masked(advantage - tau * _kl_sums(ell, kl, cu_seqlens))
+    coef = -advantage / max(len(preference), 1)
+    # a token that the advantage leaves out must not bring its own infinity
+    loss = torch.where(coef == 0, 0, coef * logprobs).sum()
+    empty = logprobs.new_empty(0)
+    return PairwisePGLoss(
+        loss,
+        logprobs.detach(),
+        empty if ref_logprobs is None else ref_logprobs,
+        entropy.detach(),
+        ell,
+    )
+
+
+def _sequence_ids(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Which sequence each token belongs to, broadcastable to the shape of ``tokens``."""
+    if cu_seqlens is None:
+        return torch.arange(tokens.shape[0], device=tokens.device)[:, None]
+    place = torch.arange(tokens.shape[0], device=tokens.device)
+    return torch.searchsorted(cu_seqlens[1:].to(torch.int64), place, right=True)
+
+
+def _kl_sums(ell: Tensor, kl: str, cu_seqlens: Tensor | None) -> Tensor:
+    if kl == "token":
+        return ell
+    if cu_seqlens is not None:
+        pieces = ell.split(cu_seqlens.diff().tolist())
+        return torch.cat([_kl_sums(piece[None], kl, None)[0] for piece in pieces] or [ell])
+    if kl == "sequence":
+        return ell.sum(-1, keepdim=True).expand_as(ell)
+    return ell.flip(-1).cumsum(-1).flip(-1)

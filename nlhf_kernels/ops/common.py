@@ -1,0 +1,119 @@
+"""What every op's contract needs: registration of raw ops, checks, the write-back for eager."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nlhf_kernels import registry
+
+LIBRARY = torch.library.Library("nlhf", "DEF")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def define(schema: str, body: Callable, fake: Callable) -> None:
+    """Register a raw op ``torch.ops.nlhf.<name>`` with its body for CPU and CUDA and its fake."""
+    name = schema.split("(")[0]
+    LIBRARY.define(schema)
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, body, key)
+    torch.library.register_fake(f"nlhf::{name}", fake, lib=LIBRARY)
+
+
+def require(condition: bool, op: str, message: str) -> None:
+    if not condition:
+        raise ValueError(f"{op}: {message}")
+
+
+def describe(x: object) -> str:
+    if not isinstance(x, Tensor):
+        return repr(x) if isinstance(x, int | float | str | None) else type(x).__name__
+    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)} on {x.device}"
+
+
+def check_logits(op: str, name: str, logits: Tensor, dims: tuple[int, ...]) -> None:
+    shapes = {2: "(N, V)", 3: "(B, T, V)"}
+    wanted = " or ".join(shapes[d] for d in dims)
+    require(
+        isinstance(logits, Tensor) and logits.dtype in FLOATS and logits.dim() in dims,
+        op,
+        f"{name} must be float16, bfloat16, float32 or float64 {wanted}, got {describe(logits)}",
+    )
+    require(logits.shape[-1] > 0, op, f"{name} has an empty vocabulary: {describe(logits)}")
+    require(
+        logits.stride(-1) == 1 or logits.shape[-1] == 1 or logits.numel() == 0,
+        op,
+        f"{name} must have stride 1 along the vocabulary, got strides {tuple(logits.stride())}: "
+        "call .contiguous()",
+    )
+    require(
+        logits.device.type != "meta", op, f"{name} is on the meta device: give it a real tensor"
+    )
+
+
+def check_tensor(
+    op: str, name: str, x: Tensor, shape: tuple, dtypes: tuple, device: torch.device
+) -> None:
+    kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+    require(
+        isinstance(x, Tensor) and x.shape == shape and x.dtype in dtypes and x.device == device,
+        op,
+        f"{name} must be {kinds} {tuple(shape)} on {device}, got {describe(x)}",
+    )
+
+
+def check_number(op: str, name: str, x: object, low: float, high: float, wanted: str) -> None:
+    """A finite Python number within [low, high]; inside torch.compile it may be symbolic."""
+    number = isinstance(x, int | float | torch.SymFloat | torch.SymInt) and not isinstance(x, bool)
+    # NaN fails the comparison
+    require(number and low <= x <= high, op, f"{name} must be {wanted}, got {describe(x)}")
+
+
+def check_scaling(op: str, temperature: float, softcap: float | None) -> None:
+    largest = torch.finfo(torch.float64).max
+    tiny = torch.finfo(torch.float64).tiny
+    check_number(op, "temperature", temperature, tiny, largest, "above 0 and finite")
+    if softcap is not None:
+        check_number(op, "softcap", softcap, tiny, largest, "above 0 and finite, or None")
+
+
+def check_token_ids(op: str, tokens: Tensor, mask: Tensor | None, V: int) -> None:
+    """On the CPU, where looking costs nothing: every id that is read lies in [0, V)."""
+    if tokens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = (tokens < 0) | (tokens >= V)
+    if mask is not None:
+        wrong &= mask != 0
+    if wrong.any():
+        place = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(f"{op}: token {int(tokens[place])} at {place} is outside [0, {V})")
+
+
+def row_parameter(op: str, name: str, x, like: Tensor, dtypes: tuple) -> Tensor | None:
+    """A tensor parameter as (B,) beside ``like`` (B, V); ``None`` for a Python scalar."""
+    if not isinstance(x, Tensor):
+        return None
+    B = like.shape[0]
+    shape = (B,) if x.dim() else ()
+    check_tensor(op, name, x, shape, dtypes, like.device)
+    return x.expand(B)
+
+
+class WriteBack(torch.autograd.Function):
+    """``inplace_backward`` for eager: an identity whose backward overwrites the logits."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return logits.view_as(logits)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        # reading the saved tensor is what raises on a second backward: copy_ bumps its version
+        (logits,) = ctx.saved_tensors
+        return logits.detach().copy_(grad)
+
+
+def resolve(op: str, logits: Tensor, backend: str, features: tuple[str, ...] = ()) -> str:
+    return registry.resolve(op, logits.device.type, backend, features)

@@ -1,0 +1,152 @@
+"""op x backend -> function, and the one place where a backend is chosen.
+
+A backend is a dotted path, so that this module imports none of them: only the body of a raw op,
+which nothing traces, does (``load``). Availability is probed once, from cheap facts.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+
+import torch
+
+BACKENDS = ("eager", "cpp", "triton", "cuda")
+ORDER = {"cpu": ("cpp", "eager"), "cuda": ("triton", "eager")}
+OPS = ("mixture_sample", "token_logprobs", "pairwise_pg_loss")
+
+# raw op -> backend -> "module:function"; eager is called straight and has no raw op
+_NATIVE, _TRITON = "nlhf_kernels.backends.native", "nlhf_kernels.backends.triton"
+_PATHS = {
+    "mixture_sample_fwd": {
+        "cpp": f"{_NATIVE}:mixture_sample_fwd",
+        "triton": f"{_TRITON}.mixture_sample:mixture_sample_fwd",
+    },
+    "token_logprobs_fwd": {
+        "cpp": f"{_NATIVE}:token_logprobs_fwd",
+        "triton": f"{_TRITON}.token_logprobs:token_logprobs_fwd",
+    },
+    "token_logprobs_bwd": {
+        "cpp": f"{_NATIVE}:token_logprobs_bwd",
+        "triton": f"{_TRITON}.token_logprobs:token_logprobs_bwd",
+    },
+    "pairwise_pg_loss_fwd": {
+        "cpp": f"{_NATIVE}:pairwise_pg_loss_fwd",
+        "triton": f"{_TRITON}.pairwise_pg_loss:pairwise_pg_loss_fwd",
+    },
+    "pairwise_pg_loss_bwd": {
+        "cpp": f"{_NATIVE}:pairwise_pg_loss_bwd",
+        "triton": f"{_TRITON}.pairwise_pg_loss:pairwise_pg_loss_bwd",
+    },
+}
+# what a backend has not got, beside whole ops: op -> backend -> feature -> what to do
+_LACKS = {
+    "mixture_sample": {
+        backend: {"filters": "it has no top_k, top_p and min_p yet: use backend='eager' or ''"}
+        for backend in ("cpp", "triton")
+    }
+}
+_forced = ""
+_warned: set[str] = set()
+
+
+def _probe() -> dict[str, str]:
+    """Why backends cannot run in this process at all; asked once: a trace must not import."""
+    absent = {}
+    if importlib.util.find_spec("nlhf_kernels._native") is None:
+        absent["cpp"] = (
+            "the extension nlhf_kernels._native is not built: reinstall with a C++ compiler"
+        )
+    if importlib.util.find_spec("triton") is None:
+        absent["triton"] = "the package triton is not installed: pip install triton"
+    return absent
+
+
+_ABSENT = _probe()
+# triton fixes this mode when it is imported, so do we
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def reason(op: str, backend: str, device: str, features: tuple[str, ...] = ()) -> str:
+    """Why ``backend`` cannot serve ``op`` on a device type with these features; empty if it can."""
+    if backend not in BACKENDS:
+        return f"it is unknown: choose one of {', '.join(BACKENDS)}"
+    if backend == "eager":
+        return ""
+    if backend not in _PATHS[f"{op}_fwd"]:
+        return f"{op} has no {backend} implementation"
+    if backend in _ABSENT:
+        return _ABSENT[backend]
+    if backend == "cpp" and device != "cpu":
+        return f"it runs on the CPU only, the tensors are on {device}"
+    if backend == "triton" and device == "cpu" and not _INTERPRETED:
+        return "on the CPU it runs only in the interpreter: set TRITON_INTERPRET=1 before the start"
+    if backend == "triton" and device != "cpu" and _INTERPRETED:
+        return "TRITON_INTERPRET=1 is set, which is for the CPU: unset it to run on a GPU"
+    lacks = _LACKS.get(op, {}).get(backend, {})
+    return next((lacks[feature] for feature in features if feature in lacks), "")
+
+
+def resolve(op: str, device: str, backend: str = "", features: tuple[str, ...] = ()) -> str:
+    """The backend that serves a call: the explicit choice, or the first that can.
+
+    An explicit choice (``backend``, ``use_backend``, ``NLHF_BACKEND``, in that priority) runs or
+    raises ``ValueError`` with its reason; it never falls back.
+    """
+    explicit = backend or _forced or os.environ.get("NLHF_BACKEND", "")
+    if explicit:
+        if why := reason(op, explicit, device, features):
+            raise ValueError(f"{op}: backend {explicit!r} cannot be used: {why}")
+        return explicit
+    order = ORDER.get(device, ("triton", "eager"))
+    chosen = next(name for name in order if not reason(op, name, device, features))
+    if chosen == "eager" and device != "cpu":
+        _warn_eager(op, device, reason(op, order[0], device, features))
+    return chosen
+
+
+def _warn_eager(op: str, device: str, why: str) -> None:
+    if op not in _warned:
+        _warned.add(op)
+        warnings.warn(f"{op}: falls back to eager on {device}: {why}", stacklevel=4)
+
+
+@functools.cache
+def load(raw_op: str, backend: str):
+    """Import and return the function of a backend. A broken backend raises here."""
+    # torch comes first on purpose: it and the extension then share one OpenMP runtime
+    assert torch.__version__
+    module, name = _PATHS[raw_op][backend].split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _set_forced(name: str) -> str:
+    # a plain global: a ContextVar breaks torch.compile(fullgraph=True)
+    global _forced
+    before, _forced = _forced, name
+    return before
+
+
+@contextlib.contextmanager
+def use_backend(name: str):
+    """Within the ``with``, every op runs on this backend or raises; "" chooses automatically."""
+    if name and name not in BACKENDS:
+        raise ValueError(f"use_backend: {name!r} is unknown: choose one of {', '.join(BACKENDS)}")
+    before = _set_forced(name)
+    try:
+        yield
+    finally:
+        _set_forced(before)
+
+
+def table() -> list[tuple[str, str, str, str]]:
+    """(op, backend, device type, reason or "") for every device type of this machine."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return [
+        (op, backend, device, reason(op, backend, device))
+        for op in OPS
+        for backend in BACKENDS
+        for device in devices
+    ]

@@ -1,0 +1,283 @@
+"""``check(case, backend)``: the one definition of correct.
+
+The oracle is ``eager`` in float64 on the same rounded inputs, its gradients by autograd. The op
+under test runs with every allocation filled with NaN, so that nothing unwritten looks right.
+"""
+
+import contextlib
+import math
+
+import torch
+from torch import Tensor
+
+import nlhf_kernels as nk
+from nlhf_kernels import eager
+from nlhf_kernels.testing.cases import Case
+
+# by dtype of the output, whatever the inputs: (rtol, atol). Logits and their statistics are of
+# order 10, where one ulp of float32 is 1e-6; 16 bits are for gradients, rounded once
+TOLERANCE = {
+    torch.float64: (1e-11, 1e-12),
+    torch.float32: (1e-5, 5e-6),
+    torch.bfloat16: (2.0**-8, 5e-6),
+    torch.float16: (2.0**-10, 5e-6),
+}
+FIELDS = ("policy_logprobs", "ref_logprobs", "sampling_logprobs", "log_kept_mass")
+
+
+def check(case: Case, backend: str, *, seed: int = 0, device: str = "cpu") -> None:
+    """Raise ``AssertionError``, and say what differs, unless the backend is right on this case."""
+    args, kwargs = case.inputs(seed, device)
+    if case.op == "mixture_sample":
+        _check_sample(args, kwargs, backend)
+    else:
+        _check_differentiable(case.op, args, kwargs, backend)
+
+
+@contextlib.contextmanager
+def poisoned_memory():
+    """``torch.empty`` and its kin give NaN, or the largest integer, in Python and in C++."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = before[2]
+
+
+def compare(name: str, got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    """``want`` is of any dtype; ``got`` must have ``dtype`` and agree by its tolerance."""
+    assert isinstance(got, Tensor), f"{name} is {type(got).__name__}, not a tensor"
+    assert got.dtype == dtype, f"{name} is {got.dtype}, must be {dtype}"
+    assert got.shape == want.shape, f"{name} is {tuple(got.shape)}, must be {tuple(want.shape)}"
+    assert got.device == want.device, f"{name} is on {got.device}, must be on {want.device}"
+    rtol, atol = TOLERANCE.get(dtype, (0, 0))
+    torch.testing.assert_close(
+        # NaN and infinities must be where the oracle has them
+        got.detach().to(torch.float64), want.detach().to(torch.float64), rtol=rtol, atol=atol,
+        equal_nan=True, msg=lambda m: f"{name}: {m}",
+    )  # fmt: skip
+
+
+class Snapshot:
+    """The bytes behind tensors, the NaN around a view among them, and their versions."""
+
+    def __init__(self, args: tuple, kwargs: dict):
+        named = {f"argument {i}": x for i, x in enumerate(args)} | kwargs
+        self.tensors = {name: x for name, x in named.items() if isinstance(x, Tensor)}
+        self.bytes = {name: _bytes(x).clone() for name, x in self.tensors.items()}
+        self.versions = {name: x._version for name, x in self.tensors.items()}
+
+    def require_unchanged(self, but: Tensor | None = None) -> None:
+        """``but`` may have changed, inside itself only, and then must have a new version."""
+        for name, x in self.tensors.items():
+            now, before = _bytes(x), self.bytes[name]
+            if x is but:
+                assert x._version > self.versions[name], f"{name} changed, but not its version"
+                before = before.clone()
+                view = torch.empty(0, dtype=x.dtype, device=x.device).set_(before.untyped_storage())
+                view.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(x.detach())
+            else:
+                assert x._version == self.versions[name], f"{name} has a new version"
+            assert torch.equal(now, before), f"{name} changed, or the memory around it"
+
+
+def _bytes(x: Tensor) -> Tensor:
+    raw = torch.empty(0, dtype=torch.uint8, device=x.device)
+    return raw.set_(x.detach().untyped_storage())
+
+
+def widened(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The same values with every floating tensor in float64."""
+
+    def wide(x):
+        return x.to(torch.float64) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return tuple(map(wide, args)), {name: wide(x) for name, x in kwargs.items()}
+
+
+def grad_outputs(outputs: list[Tensor], seed: int = 7) -> list[Tensor]:
+    """Random, in float64: a kernel that forgets to multiply by them is found out."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(x.shape, generator=generator, dtype=torch.float64) + 2 for x in outputs]
+
+
+# ---- differentiable ops
+
+
+def _check_differentiable(op: str, args: tuple, kwargs: dict, backend: str) -> None:
+    inplace = kwargs.pop("inplace_backward", False)
+    logits = args[0].requires_grad_()
+    wide_args, wide_kwargs = widened(args, kwargs)
+    wide_logits = wide_args[0].detach().clone().requires_grad_()
+    oracle = getattr(eager, op)(wide_logits, *wide_args[1:], **wide_kwargs)
+    statistics = eager.statistics_dtype(logits)
+
+    before = Snapshot(args, kwargs)
+    with poisoned_memory():
+        outputs = getattr(nk, op)(*args, **kwargs, inplace_backward=inplace, backend=backend)
+    before.require_unchanged()
+    assert type(outputs) is type(oracle), f"{op} returns {type(outputs)}, not {type(oracle)}"
+    for name, got, want in zip(oracle._fields, outputs, oracle, strict=True):
+        compare(name, got, want, statistics)
+        assert got.requires_grad == want.requires_grad, f"{name}.requires_grad is wrong"
+
+    live = [(x, y) for x, y in zip(outputs, oracle, strict=True) if y.requires_grad]
+    outputs, wanted = ([pair[i] for pair in live] for i in (0, 1))
+    grads = [g.to(logits.device).to(statistics) for g in grad_outputs(wanted)]
+    (want,) = torch.autograd.grad(wanted, wide_logits, [g.to(torch.float64) for g in grads])
+    with poisoned_memory():
+        (got,) = torch.autograd.grad(outputs, logits, grads)
+    compare("the gradient", got, want, logits.dtype)
+    if inplace:
+        compare("the gradient in place of the logits", logits, want, logits.dtype)
+    before.require_unchanged(but=logits if inplace else None)
+
+
+# ---- sampling
+
+
+def _check_sample(args: tuple, kwargs: dict, backend: str) -> None:
+    before = Snapshot(args, kwargs)
+    with poisoned_memory():
+        got = nk.mixture_sample(*args, **kwargs, backend=backend)
+    before.require_unchanged()
+    assert type(got) is nk.MixtureSample, f"mixture_sample returns {type(got)}"
+
+    draw = Draw(*args, **kwargs)
+    compare("tokens where a row is bad", got.tokens < 0, draw.bad, torch.bool)
+    assert got.tokens.dtype == torch.int64, f"tokens are {got.tokens.dtype}"
+    draw.require_winners(got.tokens)
+    want = draw.logprobs(got.tokens)
+    for name in FIELDS:
+        compare(name, getattr(got, name), want[name], draw.dtype)
+
+
+class Draw:
+    """The contract of ``mixture_sample`` once more, in float64 and in the plainest way.
+
+    The noise is the contract's, in the statistics dtype; the rest is not ``eager``'s code.
+    """
+
+    def __init__(self, policy, ref, *, mixture_coef=0.0, temperature=1.0, top_k=0, top_p=1.0,
+                 min_p=0.0, seed, position, extrapolate=False):  # fmt: skip
+        self.dtype = eager.statistics_dtype(policy, ref)
+        B = policy.shape[0]
+        device = policy.device
+
+        def row(value, dtype=self.dtype):
+            return torch.as_tensor(value, dtype=dtype, device=device).expand(B)[:, None]
+
+        coef, heat = row(mixture_coef).double(), row(temperature).double()
+        self.greedy = heat[:, 0] == 0
+        self.divisor = torch.where(heat == 0, 1, heat)
+        terms = [(1 - coef, policy.double())]
+        if ref is not None:
+            terms.append((coef, ref.double()))
+        self.models = [x for _, x in terms]
+        mixture = sum(torch.where(c == 0, 0, c * x) for c, x in terms)
+        never = sum(((c != 0) & (x == -torch.inf)).long() for c, x in terms) > 0
+        self.mixture = mixture.masked_fill(never, -torch.inf)
+        self.bad = ~torch.stack([x.amax(1).isfinite() for x in (*self.models, self.mixture)]).all(0)
+
+        self.whole = self._tempered(self.mixture)
+        filters = [row(top_k, torch.int64), row(top_p), row(min_p)]
+        self.kept = self.whole
+        if not eager.filters_off(top_k, top_p, min_p):
+            keep = [kept_ids(*(x[b].tolist() for x in (self.whole, *filters))) for b in range(B)]
+            out = torch.ones_like(self.whole, dtype=torch.bool)
+            for b, ids in enumerate(keep):
+                out[b, ids] = False
+            self.kept = self.whole.masked_fill(out, -torch.inf)
+
+        whole_batch = torch.arange(B, device=device)
+        self.seeds = seed if isinstance(seed, Tensor) else eager.fold_in(seed, whole_batch)
+        self.position = row(position, torch.int64)[:, 0]
+        # what eight roundings of the largest operands can do to a score
+        largest = sum(c.abs()[:, 0] * finite_maximum(x) for c, x in terms) / self.divisor[:, 0]
+        self.tie = 8 * torch.finfo(self.dtype).eps * (32 + largest)
+
+    def _tempered(self, x: Tensor) -> Tensor:
+        return (x - x.amax(1, keepdim=True)) / self.divisor
+
+    def _noise(self, b: int, tile: int, stage: int) -> Tensor:
+        """Noise of tile ``tile`` (stage 1) or of its lanes (stage 2)."""
+        device = self.kept.device
+        blocks = torch.arange(eager.TILE // 4 if stage == 2 else 1, device=device)
+        low, high = int(self.seeds[b]) & 0xFFFFFFFF, (int(self.seeds[b]) >> 32) & 0xFFFFFFFF
+        place = int(self.position[b]) & 0xFFFFFFFF
+        words = torch.stack(eager.philox((place, tile, stage, blocks), (low, high)), -1).flatten()
+        return eager.gumbel(words, self.dtype).double()
+
+    def require_winners(self, tokens: Tensor) -> None:
+        """Each token won both races, or lost by no more than rounding explains."""
+        for b in range(len(tokens)):
+            if self.bad[b]:
+                continue
+            token, tie = int(tokens[b]), float(self.tie[b])
+            name = f"row {b}: token {token}"
+            assert 0 <= token < self.kept.shape[1], f"{name} is outside the vocabulary"
+            assert self.kept[b, token] > -torch.inf, f"{name} has probability 0"
+            if self.greedy[b]:
+                behind = self.mixture[b].max() - self.mixture[b, token]
+                assert behind <= tie, f"{name} is {behind:.3g} below the maximum"
+                continue
+            tiles = self.kept[b].split(eager.TILE)
+            levels = torch.stack([x.logsumexp(0) for x in tiles])
+            noise = [self._noise(b, j, 1)[0] for j in range(len(tiles))]
+            winner = token // eager.TILE
+            self._require(name, "tile", levels + torch.stack(noise), winner, tie)
+            ids = tiles[winner]
+            scores = ids + self._noise(b, winner, 2)[: len(ids)]
+            self._require(name, "token", scores, token % eager.TILE, tie)
+
+    @staticmethod
+    def _require(name: str, stage: str, scores: Tensor, drawn: int, tie: float) -> None:
+        behind = float(scores.max() - scores[drawn])
+        assert behind <= tie, f"{name} lost the race of its {stage} by {behind:.3g}, tie {tie:.1g}"
+
+    def logprobs(self, tokens: Tensor) -> dict[str, Tensor]:
+        """What the op must say of these tokens."""
+        at = tokens.clamp(min=0)[:, None]
+
+        def at_token(x):
+            value = x.log_softmax(1).gather(1, at)[:, 0]
+            return value.masked_fill(self.bad, torch.nan)
+
+        of_models = [at_token(self._tempered(x)) for x in self.models]
+        zero = torch.zeros_like(of_models[0]).masked_fill(self.bad, torch.nan)
+        kept_mass = (self.kept.logsumexp(1) - self.whole.logsumexp(1)).clamp(max=0)
+        return {
+            "policy_logprobs": of_models[0],
+            "ref_logprobs": of_models[1] if len(of_models) > 1 else zero[:0],
+            "sampling_logprobs": torch.where(self.greedy, zero, at_token(self.kept)),
+            "log_kept_mass": torch.where(self.greedy | self.bad, zero, kept_mass),
+        }
+
+
+def finite_maximum(x: Tensor) -> Tensor:
+    return x.abs().nan_to_num(0, 0).amax(1)
+
+
+def kept_ids(scores: list, top_k: list, top_p: list, min_p: list) -> list[int]:
+    """Which ids of one row survive top-k, then top-p, then min-p; step by step, in plain Python."""
+    (k,), (p,), (least,) = top_k, top_p, min_p
+    top = max(scores)
+    weight = [math.exp(x - top) for x in scores]
+    ids = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    if k:
+        ids = ids[:k]
+    if p < 1:
+        total, reached = math.fsum(weight[i] for i in ids), 0.0
+        for count, i in enumerate(ids, 1):
+            reached += weight[i] / total
+            if reached >= p:
+                ids = ids[:count]
+                break
+    return [i for i in ids if weight[i] >= least * weight[ids[0]]]

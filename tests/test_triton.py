@@ -1,0 +1,136 @@
+"""The pieces of the Triton backend that the harness cannot see, in the interpreter."""
+
+import math
+import os
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+if not triton.knobs.runtime.interpret:
+    if "triton" in os.environ.get("NLHF_EXPECT_BACKENDS", "") and not torch.cuda.is_available():
+        raise RuntimeError("triton is expected, but neither TRITON_INTERPRET=1 nor a GPU is there")
+    if not torch.cuda.is_available():
+        pytest.skip("needs TRITON_INTERPRET=1 or a GPU", allow_module_level=True)
+
+from nlhf_kernels.backends.triton import common  # noqa: E402
+
+DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
+
+
+@triton.jit
+def words_kernel(counter_ptr, key_ptr, out_ptr):
+    c0 = common.word(tl.load(counter_ptr))
+    c1 = common.word(tl.load(counter_ptr + 1))
+    c2 = common.word(tl.load(counter_ptr + 2))
+    c3 = common.word(tl.load(counter_ptr + 3))
+    key = common.word(tl.load(key_ptr)), common.word(tl.load(key_ptr + 1))
+    w0, w1, w2, w3 = common.philox(key[0], key[1], c0, c1, c2, c3)
+    tl.store(out_ptr, w0.to(tl.int64))
+    tl.store(out_ptr + 1, w1.to(tl.int64))
+    tl.store(out_ptr + 2, w2.to(tl.int64))
+    tl.store(out_ptr + 3, w3.to(tl.int64))
+
+
+@triton.jit
+def gumbel_kernel(words_ptr, out_ptr, SIZE: tl.constexpr):
+    lane = tl.arange(0, SIZE)
+    x = common.word(tl.load(words_ptr + lane))
+    tl.store(out_ptr + lane, common.gumbel(x, out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def round_kernel(in_ptr, out_ptr, SIZE: tl.constexpr):
+    lane = tl.arange(0, SIZE)
+    x = common.rounded_to(tl.load(in_ptr + lane), out_ptr.dtype.element_ty)
+    tl.store(out_ptr + lane, x)
+
+
+@triton.jit
+def softcap_kernel(in_ptr, out_ptr, slope_ptr, cap: tl.float64, SIZE: tl.constexpr):
+    lane = tl.arange(0, SIZE)
+    x = tl.load(in_ptr + lane)
+    limit = tl.full((), cap, tl.float64).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + lane, common.soft_capped(x, limit))
+    tl.store(slope_ptr + lane, common.soft_capped_slope(x, limit))
+
+
+def test_philox_known_answers():
+    # kat_vectors of Random123: philox4x32, 10 rounds
+    ones = 0xFFFFFFFF
+    pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)
+    published = [
+        ((0,) * 4, (0,) * 2, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((ones,) * 4, (ones,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (*pi, (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    ]
+    for counter, key, words in published:
+        out = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+        arguments = (torch.tensor(x, device=DEVICE) for x in (counter, key))
+        common.launch(words_kernel, (1,), out, *arguments, out)
+        assert tuple(out.tolist()) == words
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float64, 1e-13)], ids=str
+)
+def test_gumbel_over_its_whole_range(dtype, tolerance):
+    # both ends, the joint at u = 1/8, and every magnitude between
+    edges = [0, 1, 2, 2**29 - 1, 2**29, 2**29 + 1, 2**31 - 1, 2**31, 2**32 - 2**8, 2**32 - 1]
+    words = edges + [int(2 ** (i / 2)) for i in range(1, 64)]
+    words = torch.tensor(words + [3] * (128 - len(words)), device=DEVICE)
+    out = torch.empty(128, dtype=dtype, device=DEVICE)
+    common.launch(gumbel_kernel, (1,), out, words, out, SIZE=128)
+
+    # the uniform is rounded to the dtype by definition; everything after it is not
+    u = ((words.to(dtype) + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24).double()
+    exact = torch.tensor([-math.log(-math.log1p(-x)) for x in u.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(out.cpu().double(), exact, rtol=tolerance, atol=tolerance)
+    assert out.max() > 22.87
+    assert out.min() < -2.81
+
+
+def test_bfloat16_rounds_to_nearest_even():
+    bits = [0x3F808000, 0x3F818000, 0x3F807FFF, 0x3F808001, 0x7F7FFFFF, 0x80000001, 0xFF7FFFFF]
+    special = [math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40, -3.3e38]
+    x = torch.tensor([b - (1 << 32) if b >> 31 else b for b in bits], dtype=torch.int32)
+    # NaN with a payload that rounding would carry out of the number
+    payload = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32)
+    x = torch.cat([x, payload]).view(torch.float32)
+    x = torch.cat([x, torch.tensor(special), torch.randn(111)]).to(DEVICE)
+    out = torch.empty(128, dtype=torch.bfloat16, device=DEVICE)
+    common.launch(round_kernel, (1,), out, x, out, SIZE=128)
+    torch.testing.assert_close(out, x.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 4e-7), (torch.float64, 1e-15)], ids=str
+)
+def test_softcap(dtype, tolerance):
+    x = torch.cat([torch.linspace(-40, 40, 64), torch.linspace(-1e-2, 1e-2, 60)])
+    x = torch.cat([x, torch.tensor([0.0, math.inf, -math.inf, math.nan])]).to(dtype)
+    out, slope = torch.empty_like(x), torch.empty_like(x)
+    x = x.to(DEVICE)
+    out, slope = out.to(DEVICE), slope.to(DEVICE)
+    common.launch(softcap_kernel, (1,), out, x, out, slope, 3.0, SIZE=128)
+    tanh = torch.tanh(x.double() / 3)
+    close = {"rtol": tolerance, "atol": 3 * tolerance, "equal_nan": True}
+    torch.testing.assert_close(out.double(), 3 * tanh, **close)
+    # the slope of the tail comes out smaller than 1 - tanh^2 can say
+    torch.testing.assert_close(slope.double(), 1 - tanh**2, **close)
+
+
+def test_row_offsets_are_64_bit():
+    """Rows further apart than 2^31 elements, without the memory: strides lie, offsets are read."""
+    far = torch.empty_strided((2, 2, 3), (5 << 31, 3 << 31, 1), device="meta")
+    assert common.row_layout(far) == (4, 2, 5 << 31, 3 << 31)
+    out = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    common.launch(offsets_kernel, (4,), out, out, 2, 5 << 31, 3 << 31)
+    assert out.tolist() == [0, 3 << 31, 5 << 31, 8 << 31]
+
+
+@triton.jit
+def offsets_kernel(out_ptr, length, batch_stride, row_stride):
+    row = tl.program_id(0)
+    tl.store(out_ptr + row, common.row_offset(row, length, batch_stride, row_stride))
