@@ -14,27 +14,25 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nlhf.data import replace_folder
+
 _FILES = ("weights.safetensors", "optimizer.safetensors")
 
 
 def save(folder: Path, step: int, model: torch.nn.Module, optimizer, keep: int) -> Path:
     """Write ``folder``/step-NNNNNN and delete all but the last ``keep``."""
     final = folder / f"step-{step:06d}"
-    partial = folder / f"{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     names = _trainable(model)
-    save_file({n: p.detach().contiguous() for n, p in names.items()}, partial / _FILES[0])
     state = {
         f"{n}|{key}": torch.as_tensor(value).contiguous()
         for n, p in names.items()
         for key, value in optimizer.state.get(p, {}).items()
     }
-    save_file(state, partial / _FILES[1])
-    hashes = {name: _sha256(partial / name) for name in _FILES}
-    (partial / "state.json").write_text(json.dumps({"step": step, "sha256": hashes}, indent=1))
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
+    with replace_folder(final, marker="state.json") as new:
+        save_file({n: p.detach().contiguous() for n, p in names.items()}, new / _FILES[0])
+        save_file(state, new / _FILES[1])
+        hashes = {name: _sha256(new / name) for name in _FILES}
+        (new / "state.json").write_text(json.dumps({"step": step, "sha256": hashes}, indent=1))
     for old in complete(folder)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -42,7 +40,7 @@ def save(folder: Path, step: int, model: torch.nn.Module, optimizer, keep: int) 
 
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if p.suffix != ".partial")
+    return sorted(folder.glob("step-*"))
 
 
 def load(checkpoint: Path, model: torch.nn.Module, optimizer) -> int:
@@ -59,7 +57,7 @@ def load(checkpoint: Path, model: torch.nn.Module, optimizer) -> int:
         weights, moments = (load_file(checkpoint / name) for name in _FILES)
         step = int(state["step"])
         names = _trainable(model)
-        if shapes(weights) != shapes(names):
+        if _shapes(weights) != _shapes(names):
             raise ValueError("its weights are those of another model or other adapters")
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise ValueError(
@@ -78,7 +76,7 @@ def load(checkpoint: Path, model: torch.nn.Module, optimizer) -> int:
     return step
 
 
-def shapes(tensors: dict[str, Tensor]) -> dict[str, tuple]:
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple]:
     return {name: tuple(x.shape) for name, x in tensors.items()}
 
 

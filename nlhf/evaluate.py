@@ -10,7 +10,7 @@ from torch import Tensor
 
 import nlhf_kernels as nk
 from nlhf import losses
-from nlhf.parts import Parts, seeds
+from nlhf.parts import Parts, plain, seeds
 
 QUICK, REPORT = -1, -2
 _BATCH = 64
@@ -40,9 +40,7 @@ def quick(parts: Parts) -> dict[str, float]:
     draw = seeds(parts.config.seed, QUICK, ids, parts.device)
     with torch.no_grad():
         pair = parts.generate_pair(prompts, draw, mixture_coef=1.0)
-        wins = parts.preference(
-            parts.render(prompts), parts.decode(pair.y), parts.decode(pair.y_other)
-        )
+        wins = parts.preference(plain(prompts), parts.decode(pair.y), parts.decode(pair.y_other))
     kl = (pair.y.policy_logprobs - pair.y.ref_logprobs).sum(-1)
     return {"preference_vs_ref": wins.mean().item(), "kl_eval": kl.mean().item()}
 
@@ -51,7 +49,7 @@ def quick(parts: Parts) -> dict[str, float]:
 def report(parts: Parts, model: torch.nn.Module) -> dict:
     """Every figure of the final table, with five samples; ``model`` is the trained policy."""
     prompts = parts.eval_prompts[: parts.config.report_samples]
-    rendered = parts.render(prompts)
+    shown = plain(prompts)
     columns: dict[str, list[Tensor]] = {}
     texts: list[str] = []
     texts_ref: list[str] = []
@@ -62,8 +60,8 @@ def report(parts: Parts, model: torch.nn.Module) -> dict:
         pair = parts.generate_pair(batch, draw, policy=model, mixture_coef=1.0)
         y, y_ref = parts.decode(pair.y), parts.decode(pair.y_other)
         rows = _rows(parts, model, pair) | {
-            "win_judge": parts.judge([rendered[i] for i in ids], y, y_ref),
-            "win_preference": parts.preference([rendered[i] for i in ids], y, y_ref),
+            "win_judge": parts.judge([shown[i] for i in ids], y, y_ref),
+            "win_preference": parts.preference([shown[i] for i in ids], y, y_ref),
         }
         for name, values in rows.items():
             columns.setdefault(name, []).append(values.detach().cpu())
@@ -80,11 +78,11 @@ def report(parts: Parts, model: torch.nn.Module) -> dict:
             "perplexity": math.exp(data[f"nll_{side}"].sum().item() / length.sum().item()),
         }
         if parts.lexicon:
-            joined = [p + t for p, t in zip(rendered, side_texts, strict=True)]
+            joined = [p + t for p, t in zip(shown, side_texts, strict=True)]
             scores = torch.tensor([parts.lexicon(text) for text in joined])
             result[side]["lexicon"] = scores.mean().item()
     result["prompts"] = len(prompts)
-    result["samples"] = list(zip(rendered[:5], texts_ref[:5], texts[:5], strict=False))
+    result["samples"] = list(zip(shown[:5], texts_ref[:5], texts[:5], strict=False))
     return result
 
 

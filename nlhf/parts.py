@@ -1,6 +1,7 @@
 """What a run is made of: models, tokenizer, prompts, preference and judge."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ class Parts:
     device: torch.device
 
     def render(self, prompts: list) -> list[str]:
+        """What the policy reads: the chat template is applied to conversations."""
         return [data.render_prompt(prompt, self.tokenizer) for prompt in prompts]
 
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -55,6 +57,11 @@ class Parts:
         ids = self.encode(self.render(prompts))
         policy = self.policy if policy is None else policy
         return rollout.generate_pair(policy, self.ref, *ids, seed=seeds, **chosen | settings)
+
+
+def plain(prompts: list) -> list[str]:
+    """What a preference reads: no tokenizer's markup."""
+    return [data.plain_text(prompt) for prompt in prompts]
 
 
 def seeds(run_seed: int, stream: int, ids: list[int], device: torch.device) -> Tensor:
@@ -96,6 +103,7 @@ def _quickstart(config: Config) -> Parts:
 
     device = device_of(config.device)
     assets = quickstart.build(device=device)
+    logging.getLogger(__name__).info(quickstart.describe(assets.report))
     return _assemble(
         dataclasses.replace(config, model=str(assets.model_path)),
         device,

@@ -1,8 +1,10 @@
 """Policies: loading, adapters, and the one way in which `nlhf` runs a model forward."""
 
 import contextlib
+import copy
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -54,7 +56,8 @@ def load_model(
     """The causal language model of a folder or hub name, in eval mode on ``device``.
 
     ``dtype`` "auto" is that of the file; ``attn_implementation`` None is flash-attn where it can
-    run, else sdpa. ValueError if the model is missing, corrupt or incomplete.
+    run, else sdpa (eager for models without it). ValueError if the model is missing, corrupt or
+    incomplete.
     """
     from transformers import AutoModelForCausalLM
 
@@ -77,12 +80,12 @@ def load_model(
     return model.to(device).eval() if device is not None else model.eval()
 
 
-def attention_for(dtype: torch.dtype | str, device: torch.device | str | None) -> str:
-    """ "flash_attention_2" on CUDA in half precision where flash-attn is installed, else "sdpa"."""
+def attention_for(dtype: torch.dtype | str, device: torch.device | str | None) -> str | None:
+    """flash-attn on CUDA in half precision where it is installed, else what the model prefers."""
     cuda = device is not None and torch.device(device).type == "cuda"
     half = dtype in (torch.float16, torch.bfloat16, "float16", "bfloat16")
-    flash = cuda and half and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if flash else "sdpa"
+    # not "sdpa" by name: models without it raise, while None takes it wherever it exists
+    return "flash_attention_2" if cuda and half and importlib.util.find_spec("flash_attn") else None
 
 
 def save(model: nn.Module, tokenizer: Any, path: str | os.PathLike) -> None:
@@ -92,8 +95,6 @@ def save(model: nn.Module, tokenizer: Any, path: str | os.PathLike) -> None:
     """
     if _adapter_layers(model):
         # the caller's model stays as it is: merging rounds the base, and could not be undone
-        import copy
-
         model = copy.deepcopy(model).merge_and_unload()
     with replace_folder(path, "config.json") as folder:
         model.save_pretrained(folder)
@@ -156,7 +157,12 @@ def lora(model: nn.Module, r: int, alpha: float, last_layers: int = 0) -> nn.Mod
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in linears.values()),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config, autocast_adapter_dtype=True)
+    with warnings.catch_warnings():
+        # peft still asks transformers by a name that 5.23 deprecates
+        warnings.filterwarnings(
+            "ignore", message=".*gradient_checkpointing", category=FutureWarning
+        )
+        return get_peft_model(model, config, autocast_adapter_dtype=True)
 
 
 def _adapter_layers(model: nn.Module) -> list[nn.Module]:
@@ -175,7 +181,11 @@ class AdaptersOff(AbstractContextManager):
         self._layers = _adapter_layers(model)
         configs = getattr(model, "peft_config", {}).values()
         outside = any(config.is_prompt_learning for config in configs)
-        if outside or not self._layers or any(getattr(c, "bias", "none") != "none" for c in configs):
+        if (
+            outside
+            or not self._layers
+            or any(getattr(c, "bias", "none") != "none" for c in configs)
+        ):
             raise ValueError(
                 "reference: the base of this model cannot be had by switching adapters off (none, "
                 "prompt tuning, or trained biases); give ref, a model of its own"

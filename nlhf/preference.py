@@ -71,21 +71,24 @@ class PreferenceModel(nn.Module):
         if any("{" + field + "}" not in template for field in self.fields):
             wanted = ", ".join("{" + field + "}" for field in self.fields)
             raise ValueError(f"{name}: template must contain {wanted}, got {template!r}")
+        try:
+            template.format(**self.sides("", "", "")[0])
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"{name}: template has a stray brace or field: {error}") from error
         if batch_size < 1:
             raise ValueError(f"{name}: batch_size must be at least 1, got {batch_size}")
         if prepend_id is None:
             prepend_id = -1 if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        self.pad_id = tokenizer.pad_token_id
-        if self.pad_id is None:
-            self.pad_id = tokenizer.eos_token_id
-        if self.pad_id is None:
+        pads = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None]
+        if not pads:
             raise ValueError(f"{name}: the tokenizer has neither pad nor eos; set its pad_token")
+        self.pad_id = pads[0]
         self.trunk = _cut(getattr(trunk, "base_model", trunk), n_layers, name)
         rows = self.trunk.get_input_embeddings().num_embeddings
         if len(tokenizer) > rows or prepend_id >= rows:
             raise ValueError(
                 f"{name}: the tokenizer has {len(tokenizer)} tokens and the trunk embeds {rows}; "
-                "give the tokenizer that belongs to the trunk"
+                "give the trunk's own tokenizer"
             )
         context = getattr(self.trunk.config, "max_position_embeddings", None) or 10**9
         self.max_length = min(max_length or context, context)
@@ -102,10 +105,8 @@ class PreferenceModel(nn.Module):
         }
         if freeze_trunk:
             self.trunk.requires_grad_(False)
-        width = self.trunk.get_input_embeddings().embedding_dim
-        width = getattr(self.trunk.config, "hidden_size", width)
         # float32 whatever the trunk's dtype; no bias: it cancels in the difference of two scores
-        self.head = nn.Linear(width, 1, bias=False, dtype=torch.float32)
+        self.head = nn.Linear(self.trunk.config.hidden_size, 1, bias=False, dtype=torch.float32)
         nn.init.zeros_(self.head.weight)
         self.head.to(next(self.trunk.parameters()).device)
         self.eval()
@@ -147,8 +148,7 @@ class PreferenceModel(nn.Module):
         text = self.settings["template"].format(**fields)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         prepend = self.settings["prepend_id"]
-        ids = ids if prepend < 0 else [prepend, *ids]
-        return ids or [self.pad_id]
+        return ([] if prepend < 0 else [prepend]) + ids or [self.pad_id]
 
     def features(self, batch: Sequence[tuple[int, ...]]) -> Tensor:
         """Pooled last hidden states of the trunk: (len(batch), D) float32."""
@@ -173,9 +173,9 @@ class PreferenceModel(nn.Module):
         grad = torch.is_grad_enabled() and self.training
         chunks = [unique] if grad else self._batches(unique, progress=False)
         scores = [self.head(self.features(chunk))[:, 0] for chunk in chunks if chunk]
-        if not scores:
-            return self.head.weight.new_zeros(0)
-        return self.scale * (torch.cat(scores)[a] - torch.cat(scores)[b])
+        # the empty tensor serves B = 0
+        score = torch.cat([self.head.weight.new_zeros(0), *scores])
+        return self.scale * (score[a] - score[b])
 
     @torch.no_grad()
     def cached_features(
@@ -218,8 +218,7 @@ class PreferenceModel(nn.Module):
 
     def _batches(self, rows: list[tuple[int, ...]], progress: bool) -> Iterator[list]:
         size = self.settings["batch_size"]
-        bar = tqdm(total=len(rows), desc="features", unit=" texts", disable=not progress)
-        with bar:
+        with tqdm(total=len(rows), desc="features", unit=" texts", disable=not progress) as bar:
             for start in range(0, len(rows), size):
                 yield rows[start : start + size]
                 bar.update(len(rows[start : start + size]))
@@ -416,7 +415,7 @@ class Checked:
         answer = self.preference(prompts, first, second)
         try:
             p = torch.as_tensor(answer)
-        except (TypeError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"preference: must return {len(first)} numbers: {_line(error)}"
             ) from error
@@ -476,9 +475,7 @@ def _cut(trunk: nn.Module, n_layers: int | None, name: str) -> nn.Module:
     """The trunk with its first layers only; its final norm stays."""
     if n_layers is None:
         return trunk
-    attribute = next(
-        (a for a in ("layers", "h") if isinstance(getattr(trunk, a, None), nn.ModuleList)), None
-    )
+    attribute = next((a for a in ("layers", "h") if hasattr(trunk, a)), None)
     if attribute is None:
         raise ValueError(f"{name}: n_layers: no list of layers found in {type(trunk).__name__}")
     layers = getattr(trunk, attribute)

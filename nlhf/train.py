@@ -15,7 +15,7 @@ from tqdm import tqdm
 import nlhf_kernels as nk
 from nlhf import checkpoint, config, evaluate, losses, parts, plots, policy
 from nlhf.config import Config
-from nlhf.parts import Parts
+from nlhf.parts import Parts, plain
 
 # what may differ between a run and its continuation: none of it changes the weights
 _FREE = {"output", "device", "eval_every", "eval_samples", "report_samples"}
@@ -94,7 +94,7 @@ def train_step(pieces: Parts, optimizer: torch.optim.Optimizer, step: int) -> di
         pair = pieces.generate_pair(prompts, draw, check=step == 0)
     with clock("prefer"):
         y, y_other = pieces.decode(pair.y), pieces.decode(pair.y_other)
-        wins = pieces.preference(pieces.render(prompts), y, y_other).to(pieces.device)
+        wins = pieces.preference(plain(prompts), y, y_other).to(pieces.device)
 
     results = []
     size = c.micro_batch_size or c.batch_size

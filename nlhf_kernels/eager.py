@@ -150,8 +150,8 @@ def mixture_sample(
         B = policy_logits.shape[0]
         device = policy_logits.device
 
-        def row(value, default_dtype=dtype):
-            return torch.as_tensor(value, dtype=default_dtype, device=device).expand(B)[:, None]
+        def row(value, kind=dtype):
+            return torch.as_tensor(value, dtype=kind, device=device).expand(B)[:, None]
 
         coef, heat = row(0.0 if mixture_coef is None else mixture_coef), row(temperature)
         policy = policy_logits.to(dtype)
@@ -173,7 +173,7 @@ def mixture_sample(
         drawn = _draw(kept, seeds, row(position, torch.int64)[:, 0])
         tokens = torch.where(greedy[:, 0], mixture.argmax(-1), drawn)
 
-        bad = ~_usable(policy) | ~_usable(mixture)
+        bad = ~_usable(policy) | ~_usable(mixture) | ~(heat[:, 0] >= 0)
         if ref is not None:
             bad |= ~_usable(ref)
 

@@ -66,7 +66,9 @@ def check_number(op: str, name: str, x: object, low: float, high: float, wanted:
     """A finite Python number within [low, high]; inside torch.compile it may be symbolic."""
     number = isinstance(x, int | float | torch.SymFloat | torch.SymInt) and not isinstance(x, bool)
     # NaN fails the comparison
-    require(number and low <= x <= high, op, f"{name} must be {wanted}, got {describe(x)}")
+    if not (number and low <= x <= high):
+        # written only here: torch.compile cannot format a symbol
+        raise ValueError(f"{op}: {name} must be {wanted}, got {describe(x)}")
 
 
 def check_scaling(op: str, temperature: float, softcap: float | None) -> None:

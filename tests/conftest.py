@@ -1,0 +1,103 @@
+"""Where tests run: every backend on every device it has here, Triton interpreted without a GPU."""
+
+import os
+from typing import NamedTuple
+
+import torch
+
+# triton and the registry fix this when they are imported, so it comes before both
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+# a choice made outside would decide for every test
+os.environ.pop("NLHF_BACKEND", None)
+
+import pytest
+
+from nlhf_kernels import registry
+from nlhf_kernels.testing import OPS
+
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+class Target(NamedTuple):
+    backend: str
+    device: str
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether a row costs tens of milliseconds."""
+        return self.backend == "triton" and self.device == "cpu"
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{self.device}"
+
+
+def _why_not(backend: str) -> str:
+    """Why no op runs on this backend on any device here; empty if all do on one."""
+    for device in DEVICES:
+        whys = [why for op in registry.OPS if (why := registry.reason(op, backend, device))]
+        if not whys:
+            return ""
+    return whys[0]
+
+
+def targets(compiled_only: bool = False) -> list:
+    """Every backend and device; a missing backend is one skipped entry that says why."""
+    found = []
+    for backend in registry.BACKENDS:
+        if (compiled_only and backend == "eager") or not any(
+            backend in paths for paths in [{"eager": ""}, *registry._PATHS.values()]
+        ):
+            continue
+        if why := _why_not(backend):
+            skip = pytest.mark.skip(reason=f"{backend}: {why}")
+            found.append(pytest.param(Target(backend, "cpu"), marks=skip, id=backend))
+        found += [
+            pytest.param(Target(backend, device), id=f"{backend}-{device}")
+            for device in DEVICES
+            if not registry.reason(registry.OPS[0], backend, device)
+        ]
+    return found
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(2)
+    for backend in filter(None, os.environ.get("NLHF_EXPECT_BACKENDS", "").split(",")):
+        if why := _why_not(backend):
+            raise pytest.UsageError(f"NLHF_EXPECT_BACKENDS names {backend}, but {why}")
+
+
+def pytest_generate_tests(metafunc) -> None:
+    """Tests ask for a ``target``, a ``compiled`` one, an ``op``, or a ``case``, by name."""
+    names = metafunc.fixturenames
+    if "target" in names:
+        metafunc.parametrize("target", targets())
+    if "compiled" in names:
+        metafunc.parametrize("compiled", targets(compiled_only=True))
+    if "op" in names:
+        metafunc.parametrize("op", registry.OPS)
+    if "case" in names:
+        cases = [case for op in OPS.values() for case in op.tests]
+        metafunc.parametrize("case", cases, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    """``plant(kernels)``: the backend "cuda" is now these functions, by name of the raw op."""
+    load = registry.load
+
+    def planted(kernels: dict) -> str:
+        def find(raw_op, backend):
+            return kernels[raw_op] if backend == "cuda" else load(raw_op, backend)
+
+        for raw_op in kernels:
+            monkeypatch.setitem(registry._PATHS[raw_op], "cuda", "planted")
+        monkeypatch.setattr(registry, "load", find)
+        return "cuda"
+
+    return planted
