@@ -14,7 +14,11 @@ def main() -> None:
         out(f"{op:18} {backend:8} {device:6} {'no: ' + why if why else 'yes'}\n")
     for op in registry.OPS:
         for device in sorted({row[2] for row in registry.table()}):
-            out(f"{op} on {device} uses {registry.resolve(op, device)}\n")
+            try:
+                out(f"{op} on {device} uses {registry.resolve(op, device)}\n")
+            except ValueError as error:
+                # a choice made by NLHF_BACKEND
+                out(f"{error}\n")
 
 
 if __name__ == "__main__":

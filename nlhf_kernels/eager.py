@@ -51,12 +51,20 @@ def philox(counter: tuple, key: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     c0, c1, c2, c3 = (torch.as_tensor(c) for c in counter)
     k0, k1 = (torch.as_tensor(k) for k in key)
     for _ in range(10):
-        # the 64-bit products wrap around in int64, which leaves their bits as they should be
-        low, high = 0xD2511F53 * c0, 0xCD9E8D57 * c2
-        c0, c1 = ((high >> 32) ^ c1 ^ k0) & _MASK32, high & _MASK32
-        c2, c3 = ((low >> 32) ^ c3 ^ k1) & _MASK32, low & _MASK32
+        (high0, low0), (high1, low1) = _product(0xD2511F53, c0), _product(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
     return c0, c1, c2, c3
+
+
+def _product(word: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The high and the low word of a product, in halves: int64 must not overflow.
+
+    An overflow is undefined in the C++ that torch.compile makes of this, and its results differ.
+    """
+    low = word * (x & 0xFFFF)
+    high = word * (x >> 16) + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 def fold_in(seed: int | Tensor, k: int | Tensor) -> int | Tensor:

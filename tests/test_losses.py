@@ -74,14 +74,15 @@ def test_equals_the_slow_twin_with_its_gradient(build, kl):
 def test_a_lora_policy_with_its_own_base():
     model = tiny.with_lora(tiny.llama(0))
     base = tiny.llama(0)
-    pair, preference = made(model, None)
-    expected = twin(model, base, pair, preference, tau=0.2, temperature=1.0, kl="reward_to_go")
+    pair, preference = made(model, None, temperature=0.8)
+    settings = {"tau": 0.2, "temperature": 0.8, "kl": "reward_to_go"}
+    expected = twin(model, base, pair, preference, **settings)
     wanted = gradients(model, expected)
     assert wanted
     assert all("lora" in name for name in wanted)
     for answers in (pair.y, Completion(pair.y.tokens, pair.y.mask)):
         either = Pair(pair.input_ids, pair.attention_mask, answers, pair.y_other)
-        result = losses.nash_md_pg(model, None, either, preference, tau=0.2)
+        result = losses.nash_md_pg(model, None, either, preference, **settings)
         got = gradients(model, result.loss)
         torch.testing.assert_close(result.loss, expected, rtol=0, atol=1e-10)
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)

@@ -61,11 +61,8 @@ def _check_parameters(values: dict, extrapolate: bool) -> None:
         low, high, wanted = limits[name]
         common.check_number(OP, name, value, low, high, wanted)
         whole = name in ("top_k", "seed", "position")
-        common.require(
-            not whole or not isinstance(value, float | torch.SymFloat),
-            OP,
-            f"{name} must be {wanted}, got {value!r}",
-        )
+        if whole and isinstance(value, float | torch.SymFloat):
+            raise ValueError(f"{OP}: {name} must be {wanted}, got {common.describe(value)}")
 
 
 def _check_values(values: dict, extrapolate: bool) -> None:
