@@ -131,7 +131,7 @@ def test_importing_the_package_imports_no_triton_and_no_extension():
 def test_table_of_the_command():
     done = python("-m", "nlhf_kernels")
     assert done.returncode == 0, done.stderr
-    lines = [line.split(maxsplit=3) for line in done.stdout.splitlines()]
+    lines = [line.split(maxsplit=3) for line in done.stdout.splitlines() if " uses " not in line]
     for op in registry.OPS:
         rows = {line[1]: line[3] for line in lines if line[::2][:2] == [op, "cpu"]}
         assert set(rows) == set(registry.BACKENDS)
