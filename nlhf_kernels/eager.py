@@ -74,10 +74,15 @@ def fold_in(seed: int | Tensor, k: int | Tensor) -> int | Tensor:
     arguments are int64, scalars or broadcastable tensors. Returns an int if both are ints, else an
     int64 tensor.
     """
-    key, count = torch.as_tensor(seed), torch.as_tensor(k)
+    key, count = _integers(seed), _integers(k)
     words = philox((count & _MASK32, (count >> 32) & _MASK32, 0, 1 << 31), _split(key))
     folded = words[0] | (words[1] << 32)
     return folded if isinstance(seed, Tensor) or isinstance(k, Tensor) else int(folded)
+
+
+def _integers(x: int | Tensor) -> Tensor:
+    # not as_tensor, which would make torch.compile start again for every new int
+    return x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.int64)
 
 
 def _split(seed: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +164,10 @@ def mixture_sample(
         device = policy_logits.device
 
         def row(value, kind=dtype):
-            return torch.as_tensor(value, dtype=kind, device=device).expand(B)[:, None]
+            # not as_tensor, which would make torch.compile start again for every new int
+            if not isinstance(value, Tensor):
+                value = torch.full((), value, dtype=kind, device=device)
+            return value.to(kind).expand(B)[:, None]
 
         coef, heat = row(0.0 if mixture_coef is None else mixture_coef), row(temperature)
         policy = policy_logits.to(dtype)

@@ -12,6 +12,15 @@ from tests import tiny
 EOS = [2, *range(30, 38)]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tiny tensors: a second thread gains nothing, and on a busy machine all wait for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def made(model, ref, lengths=(3, 6, 2, 4), **settings):
     ids, mask = tiny.prompts(list(lengths))
     settings = {"mixture_coef": 0.3, "max_new_tokens": 7, "seed": 1, "eos_token_id": EOS} | settings
@@ -142,9 +151,9 @@ def test_the_logits_of_y_alone_are_made_and_overwritten():
 
 
 def test_training_beats_the_reference():
-    """Sixty steps towards a set of words, from a LoRA policy and its own base."""
+    """Fifty steps towards a set of words, from a LoRA policy and its own base."""
     liked = torch.arange(tiny.V) % 2 == 0
-    model = tiny.with_lora(tiny.llama(0, torch.float32), std=0.0)
+    model = tiny.with_lora(tiny.llama(0, torch.float32, num_hidden_layers=1), std=0.0)
     ids, mask = tiny.prompts([4] * 32)
 
     def share(y):
@@ -158,10 +167,10 @@ def test_training_beats_the_reference():
     for p in adapters[::2]:
         p.data.normal_(std=0.3, generator=generator)
     optimizer = torch.optim.Adam(adapters, lr=0.02)
-    settings = {"max_new_tokens": 6, "eos_token_id": 2}
+    settings = {"max_new_tokens": 4, "eos_token_id": 2}
     before = rollout.generate_pair(model, None, ids, mask, mixture_coef=1.0, seed=-1, **settings)
-    assert 0.45 < prefer(before).mean() < 0.55
-    for step in range(60):
+    assert 0.4 < prefer(before).mean() < 0.6
+    for step in range(50):
         seed = nk.fold_in(0, step)
         pair = rollout.generate_pair(
             model, None, ids, mask, mixture_coef=0.125, seed=seed, **settings
@@ -170,6 +179,6 @@ def test_training_beats_the_reference():
         optimizer.step()
         optimizer.zero_grad()
     after = rollout.generate_pair(model, None, ids, mask, mixture_coef=1.0, seed=-2, **settings)
-    assert prefer(after).mean() > 0.65
+    assert prefer(after).mean() > 0.7
     kl = (after.y.policy_logprobs - after.y.ref_logprobs).sum(-1).mean()
     assert 0 < kl < 20

@@ -16,6 +16,15 @@ EOS = [2, *range(30, 38)]
 NAMES = ("policy_logprobs", "ref_logprobs", "sampling_logprobs", "log_kept_mass")
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tiny tensors: a second thread gains nothing, and on a busy machine all wait for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @torch.no_grad()
 def slow_row(model, ref, prompt, coef, seed, count, eos=EOS, **sampling):
     """One response, the whole prefix read again for every token; ``ref`` None: adapters off."""

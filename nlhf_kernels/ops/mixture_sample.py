@@ -10,7 +10,7 @@ from nlhf_kernels.eager import MixtureSample
 from nlhf_kernels.ops import common
 
 OP = "mixture_sample"
-_INT64 = (torch.int64,)
+_INTEGERS = ("top_k", "seed", "position")
 
 
 def _body(policy_logits, ref_logits, *arguments):
@@ -30,6 +30,15 @@ def _fake(policy_logits, ref_logits, *arguments):
     )
 
 
+def _eager_body(policy_logits, ref_logits, *arguments):
+    pairs = zip(_FILTERED, arguments[::2], arguments[1::2], strict=True)
+    values = {name: scalar if rows is None else rows for name, scalar, rows in pairs}
+    return tuple(eager.mixture_sample(policy_logits, ref_logits, **values))
+
+
+_SAMPLED = ("mixture_coef", "temperature", "seed", "position")
+_FILTERED = ("mixture_coef", "temperature", "top_k", "top_p", "min_p", "seed", "position")
+
 # a scalar and an optional (B,) tensor side by side: under torch.compile a tensor costs no recompile
 common.define(
     f"{OP}_fwd(Tensor policy_logits, Tensor? ref_logits,"
@@ -37,6 +46,17 @@ common.define(
     " SymInt seed, Tensor? seed_rows, SymInt position, Tensor? position_rows, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _body,
+    _fake,
+)
+# eager, opaque to torch.compile: inductor writes Philox out as one expression and takes minutes
+common.define(
+    f"{OP}_eager(Tensor policy_logits, Tensor? ref_logits,"
+    " float mixture_coef, Tensor? mixture_coef_rows, float temperature, Tensor? temperature_rows,"
+    " SymInt top_k, Tensor? top_k_rows, float top_p, Tensor? top_p_rows,"
+    " float min_p, Tensor? min_p_rows,"
+    " SymInt seed, Tensor? seed_rows, SymInt position, Tensor? position_rows)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _eager_body,
     _fake,
 )
 
@@ -60,8 +80,7 @@ def _check_parameters(values: dict, extrapolate: bool) -> None:
             continue
         low, high, wanted = limits[name]
         common.check_number(OP, name, value, low, high, wanted)
-        whole = name in ("top_k", "seed", "position")
-        if whole and isinstance(value, float | torch.SymFloat):
+        if name in _INTEGERS and isinstance(value, float | torch.SymFloat):
             raise ValueError(f"{OP}: {name} must be {wanted}, got {common.describe(value)}")
 
 
@@ -132,7 +151,7 @@ def mixture_sample(
             name,
             value,
             policy_logits,
-            _INT64 if name in ("top_k", "seed", "position") else common.FLOATS,
+            (torch.int64,) if name in _INTEGERS else common.FLOATS,
         )
         for name, value in values.items()
     }
@@ -142,32 +161,22 @@ def mixture_sample(
 
     features = () if eager.filters_off(top_k, top_p, min_p) else ("filters",)
     backend = common.resolve(OP, policy_logits, backend, features)
-    if backend == "eager":
-        result = eager.mixture_sample(
-            policy_logits,
-            ref_logits,
-            **{name: value if rows[name] is None else rows[name] for name, value in values.items()},
-        )
+    if backend == "eager" and not torch.compiler.is_compiling():
+        chosen = {name: values[name] if rows[name] is None else rows[name] for name in values}
+        result = eager.mixture_sample(policy_logits, ref_logits, **chosen)
     else:
         dtype = eager.statistics_dtype(policy_logits, ref_logits)
-
-        def scalar_and_rows(name, kind, row_dtype):
-            tensor = rows[name]
-            if tensor is None:
-                return kind(values[name]), None
-            return kind(0), tensor.to(row_dtype).contiguous()
-
-        result = MixtureSample(
-            *torch.ops.nlhf.mixture_sample_fwd(
-                policy_logits.detach(),
-                None if ref_logits is None else ref_logits.detach(),
-                *scalar_and_rows("mixture_coef", float, dtype),
-                *scalar_and_rows("temperature", float, dtype),
-                *scalar_and_rows("seed", int, torch.int64),
-                *scalar_and_rows("position", int, torch.int64),
-                backend,
-            )
-        )
+        arguments = []
+        for name in _FILTERED if backend == "eager" else _SAMPLED:
+            kind, row_dtype = (int, torch.int64) if name in _INTEGERS else (float, dtype)
+            row = rows[name]
+            arguments += [kind(values[name]), None] if row is None else [kind(0), row.to(row_dtype)]
+        logits = (policy_logits.detach(), None if ref_logits is None else ref_logits.detach())
+        if backend == "eager":
+            outputs = torch.ops.nlhf.mixture_sample_eager(*logits, *arguments)
+        else:
+            outputs = torch.ops.nlhf.mixture_sample_fwd(*logits, *arguments, backend)
+        result = MixtureSample(*outputs)
     if check:
         _check_rows(result)
     return result

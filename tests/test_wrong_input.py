@@ -1,0 +1,171 @@
+"""Wrong input ends in a ``ValueError`` that names the op and the argument, on every backend alike:
+the checks come before the choice.
+"""
+
+import math
+import re
+
+import pytest
+import torch
+
+import nlhf_kernels as nk
+
+B, T, V = 2, 3, 7
+NAN, INF = math.nan, math.inf
+
+
+def right(op: str, packed: bool = False) -> dict:
+    logits, tokens = torch.zeros(B, T, V), torch.zeros(B, T, dtype=torch.int64)
+    if op == "mixture_sample":
+        return {
+            "policy_logits": torch.zeros(B, V),
+            "ref_logits": torch.zeros(B, V),
+            "mixture_coef": 0.5,
+            "seed": 0,
+            "position": 0,
+        }
+    if op == "token_logprobs":
+        return {"logits": logits, "tokens": tokens}
+    loss = {
+        "logits": logits,
+        "tokens": tokens,
+        "mask": torch.ones(B, T, dtype=torch.bool),
+        "preference": torch.zeros(B),
+        "tau": 0.1,
+        "ref_logprobs": torch.zeros(B, T),
+    }
+    if packed:
+        per_token = {k: v.flatten(0, 1) for k, v in loss.items() if k not in ("preference", "tau")}
+        loss |= per_token | {"cu_seqlens": torch.tensor([0, 2, 6])}
+    return loss
+
+
+LOGITS = (
+    torch.zeros(V),
+    torch.zeros(1, B, T, V),
+    torch.zeros(B, T, V, dtype=torch.int64),
+    torch.zeros(B, T, V, dtype=torch.complex64),
+    torch.zeros(B, T, 0),
+    torch.zeros(V, T, B).transpose(0, 2),
+    torch.zeros(B, T, V, device="meta"),
+    [[0.0]],
+    None,
+)
+ROW_LOGITS = tuple(x[0] if isinstance(x, torch.Tensor) and x.dim() == 3 else x for x in LOGITS)
+TOKENS = (
+    torch.zeros(B, T),
+    torch.zeros(B, T, dtype=torch.int32),
+    torch.zeros(B, T + 1, dtype=torch.int64),
+    torch.zeros(T, B, dtype=torch.int64),
+    torch.zeros(B, T, dtype=torch.int64, device="meta"),
+    torch.full((B, T), V),
+    torch.full((B, T), -1),
+    0,
+)
+PER_TOKEN = (
+    torch.zeros(B, T + 1),
+    torch.zeros(B),
+    torch.zeros(B, T, dtype=torch.int64),
+    torch.zeros(B, T, device="meta"),
+    0.5,
+)
+ABOVE_0 = (0, -1.0, NAN, INF, "1", torch.ones(()), True)
+
+# op -> argument -> values that it must refuse
+WRONG = {
+    "mixture_sample": {
+        "policy_logits": ROW_LOGITS,
+        "ref_logits": (*ROW_LOGITS[:-1], torch.zeros(B, V + 1), torch.zeros(B + 1, V)),
+        "mixture_coef": (-0.1, 1.1, NAN, INF, None, "0", torch.zeros(B + 1), torch.zeros(B).long(),
+                         torch.zeros(B, 1), torch.zeros(B, device="meta"), True),
+        "temperature": (-1.0, NAN, INF, None, torch.zeros(B + 1), torch.zeros(B).long()),
+        "top_k": (-1, 1.5, 2.0, NAN, torch.zeros(B), True),
+        "top_p": (0.0, -0.5, 1.1, NAN, torch.zeros(B).long()),
+        "min_p": (-0.1, 1.1, NAN),
+        "seed": (0.0, 2**63, -(2**63) - 1, None, torch.zeros(B), torch.zeros(B + 1).long()),
+        "position": (-1, 2**63, 0.5, torch.zeros(B)),
+        "backend": ("cudnn", "EAGER"),
+    },
+    "token_logprobs": {
+        "logits": LOGITS,
+        "tokens": TOKENS,
+        "temperature": ABOVE_0,
+        "softcap": ABOVE_0,
+        "backend": ("cudnn",),
+    },
+    "pairwise_pg_loss": {
+        "logits": (*LOGITS, torch.zeros(B * T, V)),
+        "tokens": TOKENS,
+        "mask": (torch.ones(B, T), torch.ones(B, T + 1).bool(), None,
+                 torch.ones(B, T, device="meta").bool()),
+        "preference": (torch.zeros(B + 1), torch.zeros(B, 1), torch.zeros(B).long(), 0.5),
+        "tau": (-0.1, NAN, INF, None, torch.ones(())),
+        "ref_logprobs": (*PER_TOKEN, None),
+        "policy_logprobs": PER_TOKEN,
+        "ref_logits": (torch.zeros(B, T, V),),
+        "kl": ("exact", "", None, "REWARD_TO_GO"),
+        "baseline": (NAN, INF, None),
+        "temperature": ABOVE_0,
+        "softcap": ABOVE_0,
+        "cu_seqlens": (torch.tensor([0, 2, 6]),),
+        "backend": ("cudnn",),
+    },
+}  # fmt: skip
+PACKED = {
+    "cu_seqlens": (torch.tensor([0, 2, 5]), torch.tensor([1, 2, 6]), torch.tensor([0, 7, 6]),
+                   torch.tensor([0, -1, 6]), torch.tensor([0.0, 2.0, 6.0]), torch.tensor([0, 6]),
+                   torch.tensor([], dtype=torch.int64), torch.tensor([[0, 2, 6]]), [0, 2, 6], None),
+    "logits": (torch.zeros(B, T, V),),
+    "ref_logprobs": (torch.zeros(B, T),),
+}  # fmt: skip
+
+
+def describe(x) -> str:
+    if isinstance(x, torch.Tensor):
+        return f"{str(x.dtype)[6:]}{tuple(x.shape)}{'' if x.device.type == 'cpu' else '-meta'}"
+    return repr(x)
+
+
+def entries():
+    for op, arguments in WRONG.items():
+        for name, values in arguments.items():
+            for i, value in enumerate(values):
+                yield pytest.param(op, False, name, value, id=f"{op}-{name}-{i}-{describe(value)}")
+    for name, values in PACKED.items():
+        for i, value in enumerate(values):
+            yield pytest.param(
+                "pairwise_pg_loss", True, name, value, id=f"packed-{name}-{i}-{describe(value)}"
+            )
+
+
+@pytest.mark.parametrize(("name_of_op", "packed", "name", "value"), list(entries()))
+def test_wrong_input_is_named(name_of_op, packed, name, value):
+    op = name_of_op
+    given = right(op, packed)
+    function = getattr(nk, op)
+    function(**given)
+    with pytest.raises(ValueError, match=rf"{op}: ") as error:
+        function(**given | {name: value})
+    said = str(error.value)
+    others = {"ref_logprobs": "tau|ref_logprobs", "ref_logits": "ref_logits|mixture_coef"}
+    others |= {"cu_seqlens": "cu_seqlens|preference", "tokens": "token"}
+    others |= {"logits": "logits|tokens|preference"}
+    assert re.search(others.get(name, name), said), said
+    assert "\n" not in said
+
+
+def test_what_is_under_the_mask_is_not_wrong():
+    given = right("pairwise_pg_loss")
+    given["mask"][0, 1] = False
+    given["tokens"][0, 1] = -1
+    assert nk.pairwise_pg_loss(**given).loss.isfinite()
+    given["tokens"][0, 2] = V
+    with pytest.raises(ValueError, match=rf"token {V} at \(0, 2\) is outside \[0, {V}\)"):
+        nk.pairwise_pg_loss(**given)
+
+
+def test_positional_settings_are_refused():
+    """Everything after the tensors is keyword-only: a temperature must not land in a softcap."""
+    given = right("token_logprobs")
+    with pytest.raises(TypeError):
+        nk.token_logprobs(given["logits"], given["tokens"], 1.0)
