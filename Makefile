@@ -25,15 +25,15 @@ $(VENV)/.ready: pyproject.toml
 env: $(VENV)/.ready  ## the environment in .venv, with the package in it
 
 .PHONY: build
-build: env  ## the C++ extension, again
+build: env  ## the C++ extension, where its sources are newer
 	NLHF_REQUIRE_NATIVE=1 $(BIN)/python setup.py -q build_ext --inplace
 
 .PHONY: run
-run: env  ## fine-tune SmolLM2-135M-Instruct with Nash-MD-PG and show what changed
+run: build  ## fine-tune SmolLM2-135M-Instruct with Nash-MD-PG and show what changed
 	$(BIN)/nlhf train --config quickstart --resume $(ARGS)
 
 .PHONY: test
-test: env  ## the whole test suite
+test: build  ## the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: lint
@@ -49,7 +49,7 @@ format: env  ## ruff and clang-format, writing
 	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' | xargs $(BIN)/clang-format -i
 
 .PHONY: aot
-aot: env  ## every Triton kernel and .cu file compiled for sm_80, sm_90 and sm_100
+aot: build  ## every Triton kernel and .cu file compiled for sm_80, sm_90 and sm_100
 	env -u TRITON_INTERPRET $(BIN)/python -m tests.aot
 
 .PHONY: wheel
@@ -59,11 +59,12 @@ wheel: env  ## a wheel in dist/
 .PHONY: check-wheel
 check-wheel: wheel  ## the wheel, built in isolation and without torch, works where nothing else is
 	rm -rf build/site && $(BIN)/python -m pip install -q --no-deps --target build/site dist/*.whl
-	cd build && PYTHONPATH=site ../$(BIN)/python -c 'import nlhf_kernels as k; print(k.__file__)'
+	cd build && PYTHONPATH=site ../$(BIN)/python -c \
+	  'import nlhf_kernels as nk; assert "build/site" in nk.__file__, nk.__file__'
 	cd build && PYTHONPATH=site NLHF_BACKEND=cpp ../$(BIN)/python -m nlhf_kernels
 
 .PHONY: ci
-ci: lint build aot test check-wheel  ## what must be green
+ci: lint aot test check-wheel  ## what must be green
 
 .PHONY: ci-full
 ci-full: ci run  ## ci and the main job

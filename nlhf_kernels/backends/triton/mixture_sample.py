@@ -230,7 +230,7 @@ def mixture_draw_kernel(
 
     statistics_ptr += row * (2 if ref_ptr is None else 6) * tiles
     mixture_top, mixture_log, level, tops = merge_tiles(statistics_ptr, divisor, tile, tiles, 0)
-    bad = mixture_log != mixture_log
+    bad = (mixture_log != mixture_log) | (heat < 0)
     one = tl.full((TILES,), 1, tl.uint32)
     noise, _, _, _ = common.philox(key_low, key_high, place + one * 0, common.word(tile), one, zero)
     score = tl.where(greedy, tops, level + common.gumbel(noise, dtype))
