@@ -35,8 +35,9 @@ def surprise(counts: torch.Tensor, probs: torch.Tensor) -> float:
     return ((chi2 / free) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
 
 
-def test_agrees_with_eager_token_for_token(target):
-    B = rows(target, 3000, 100)
+def test_agrees_with_eager_token_for_token(compiled):
+    target = compiled
+    B = rows(target, 3000, 80)
     policy, ref = 3 * torch.randn(2, B, 1100, device=target.device)
     settings = {"mixture_coef": 0.3, "temperature": 0.9, "position": 11}
     seed = seeds_for(B, target.device)
@@ -55,7 +56,7 @@ def test_agrees_with_eager_token_for_token(target):
 
 def test_distribution_is_exact(target):
     """Eleven tokens in three tiles, with the geometric mixture's exact probabilities."""
-    B, V = rows(target, 5000, 300), 2060
+    B, V = rows(target, 4000, 150), 2060
     ids = torch.tensor([0, 1, 5, 700, 1023, 1024, 1025, 2000, 2047, 2048, 2059])
     policy, ref = torch.full((2, V), -INF)
     generator = torch.Generator().manual_seed(3)
@@ -84,7 +85,7 @@ def test_rare_tokens_come_at_their_rate(target):
     if target.interpreted:
         pytest.skip("too few draws; the case 'the far tail' decides with single draws")
     fast = target.backend != "eager"
-    B, tail, V = (100_000, 1e-3, 2041) if fast else (8_000, 1e-2, 2041)
+    B, tail, V = (100_000, 1e-3, 2041) if fast else (3_000, 1e-2, 2041)
     logits = torch.full((V,), math.log(tail / (V - 1)), device=target.device)
     logits[0] = math.log1p(-tail)
     hits = []
@@ -104,7 +105,7 @@ def test_rare_tokens_come_at_their_rate(target):
 
 @pytest.mark.parametrize(
     "filters",
-    [{"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.2}, {"top_k": 7, "top_p": 0.9, "min_p": 0.1}],
+    [{"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.04}, {"top_k": 7, "top_p": 0.95, "min_p": 0.02}],
     ids=str,
 )
 def test_distribution_under_filters(filters):
@@ -116,6 +117,7 @@ def test_distribution_under_filters(filters):
         [filters.get("top_p", 1.0)],
         [filters.get("min_p", 0.0)],
     )
+    assert 1 < len(ids) < V
     kept = torch.full((V,), -INF)
     kept[ids] = logits[ids]
     got = nk.mixture_sample(logits.expand(B, V), seed=1, position=0, **filters)
@@ -204,7 +206,7 @@ def test_an_integer_seed_is_folded_into_the_rows(target):
 
 def test_seeds_and_positions_are_independent(target):
     """With shared noise y and y' would be equal; with independent they meet at the rate sum p^2."""
-    B, V = rows(target, 4000, 150), 6
+    B, V = rows(target, 1500, 60), 6
     probs = torch.tensor([0.3, 0.2, 0.2, 0.1, 0.1, 0.1])
     logits = probs.log().to(target.device).expand(B, V)
 
@@ -248,7 +250,7 @@ def test_temperature_zero_takes_the_first_maximum(target):
 
 def test_coefficients_0_and_1_leave_the_other_model_out(target):
     """0 * -inf would be NaN: the other model's infinities must not matter."""
-    B = rows(target, 500, 40)
+    B = rows(target, 60, 12)
     policy, ref = torch.full((2, B, 4), -INF, device=target.device)
     policy[:, 0], policy[:, 1] = 0.5, 0.0
     ref[:, 2], ref[:, 3] = 0.5, 0.0
