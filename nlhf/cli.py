@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"nlhf: {error}\n")
         sys.exit(EXIT_BAD_INPUT)
 

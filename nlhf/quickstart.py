@@ -344,7 +344,10 @@ def _download(requirement: str, name: str, work: Path, phase: str, *options: str
     base = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
     command = [*base, *options, "--dest", str(work), requirement]
     with _phase(phase):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # pip's own progress bar goes where ours do, and its errors into our message
+        done = subprocess.run(
+            command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False
+        )
     if done.returncode:
         lines = [
             line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line

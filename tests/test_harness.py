@@ -1,0 +1,168 @@
+"""The harness is tested too: every planted bug is rejected, and what has none is accepted."""
+
+import pytest
+import torch
+
+from nlhf_kernels import eager
+from nlhf_kernels.testing import OPS, Case, check, traffic
+from nlhf_kernels.testing.check import TOLERANCE, Snapshot, compare, poisoned_memory
+from tests import wrong_kernels
+from tests.wrong_kernels import Kernels
+
+PLANTED = [(op, bug) for op, bugs in wrong_kernels.BUGS.items() for bug in bugs]
+
+
+def rejections(op: str, backend: str):
+    """(case, what ``check`` said) for the cases that it rejects."""
+    for case in OPS[op].tests:
+        if not case.features:
+            try:
+                check(case, backend)
+            except AssertionError as error:
+                yield case, str(error)
+
+
+def test_the_honest_kernel_is_accepted(op, plant):
+    assert not list(rejections(op, plant(Kernels("").table())))
+
+
+@pytest.mark.parametrize(("of", "bug"), PLANTED, ids=lambda x: x)
+def test_a_planted_bug_is_rejected(of, bug, plant):
+    assert next(rejections(of, plant(Kernels(bug).table())), None), "every case accepts it"
+
+
+def test_every_op_has_bugs_to_reject():
+    assert {op: len(bugs) > 10 for op, bugs in wrong_kernels.BUGS.items()} == dict.fromkeys(
+        OPS, True
+    )
+
+
+def gradient(x):
+    """The right values in the wrong dtype: autograd would cast it, so ``check`` cannot see it."""
+    return x.float()
+
+
+def alias(x):
+    return x.view_as(x)
+
+
+def overwrite(x):
+    return x.add_(1).clone()
+
+
+@pytest.mark.parametrize(
+    ("body", "fake"),
+    [(gradient, torch.empty_like), (alias, torch.empty_like), (overwrite, torch.empty_like)],
+    ids=["dtype", "alias", "mutation"],
+)
+def test_opcheck_rejects_what_check_cannot_see(body, fake):
+    with torch.library._scoped_library("nlhf_wrong", "DEF") as library:
+        library.define("op(Tensor x) -> Tensor")
+        library.impl("op", body, "CPU")
+        torch.library.register_fake("nlhf_wrong::op", fake, lib=library)
+        x = torch.randn(3, 4).bfloat16()
+        # opcheck raises whatever the part that notices raises
+        with pytest.raises((RuntimeError, AssertionError)):
+            torch.library.opcheck(torch.ops.nlhf_wrong.op.default, (x,))
+
+
+# ---- the parts of check
+
+
+@pytest.mark.parametrize(
+    "got",
+    [
+        torch.tensor([1.0, torch.nan]),
+        torch.tensor([1.0, 2.0001]),
+        torch.tensor([1.0, 2.0]).double(),
+        torch.tensor([[1.0, 2.0]]),
+        torch.tensor([1.0]),
+        torch.tensor([1.0, torch.inf]),
+        torch.empty(2, device="meta"),
+        [1.0, 2.0],
+    ],
+    ids=["nan", "value", "dtype", "shape", "size", "inf", "device", "type"],
+)
+def test_compare_rejects(got):
+    want = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    compare("x", want.float(), want, torch.float32)
+    with pytest.raises(AssertionError, match="x"):
+        compare("x", got, want, torch.float32)
+
+
+def test_compare_wants_nan_where_the_oracle_has_it():
+    with pytest.raises(AssertionError):
+        compare("x", torch.zeros(1), torch.full((1,), torch.nan).double(), torch.float32)
+
+
+def test_tolerances_are_a_few_roundings():
+    """Nobody loosens the table unseen: one or two ulps at 16 bits, about 100 in float32."""
+    for dtype, (rtol, atol) in TOLERANCE.items():
+        eps = torch.finfo(dtype).eps
+        assert rtol <= {torch.float32: 100, torch.float64: 5e4}.get(dtype, 1) * eps
+        assert atol <= 5e-6
+
+
+def test_memory_is_poisoned_and_the_switch_put_back():
+    before = torch.are_deterministic_algorithms_enabled()
+    with poisoned_memory():
+        assert torch.empty(1000).isnan().all()
+        assert torch.randn(4).new_empty(7, dtype=torch.float64).isnan().all()
+        assert (torch.empty(5, dtype=torch.int64) == torch.iinfo(torch.int64).max).all()
+    assert torch.are_deterministic_algorithms_enabled() == before
+    with pytest.raises(ZeroDivisionError), poisoned_memory():
+        _ = 1 // 0
+    assert torch.are_deterministic_algorithms_enabled() == before
+
+
+def test_a_snapshot_sees_the_memory_around_a_view():
+    base = torch.full((3, 7), torch.nan)
+    view = base[:, 1:5].copy_(torch.zeros(3, 4))
+    before = Snapshot((view,), {})
+    before.require_unchanged()
+    base.data[1, 6] = 1
+    with pytest.raises(AssertionError, match="memory around"):
+        before.require_unchanged()
+    # with a new version and its own values it may change, the rest may not
+    view.add_(1)
+    with pytest.raises(AssertionError, match="memory around"):
+        before.require_unchanged(but=view)
+
+
+# ---- cases
+
+
+def test_inputs_are_seeded(case):
+    def flat(seed):
+        args, kwargs = case.inputs(seed)
+        return [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+
+    once, again = flat(3), flat(3)
+    for x, y in zip(once, again, strict=True):
+        assert torch.equal(x.nan_to_num(), y.nan_to_num())
+        assert x.stride() == y.stride()
+
+
+def test_names_of_cases_are_unique(op):
+    names = [case.why for case in (*OPS[op].tests, *OPS[op].bench)]
+    assert len(set(names)) == len(names)
+
+
+def test_the_far_tail_is_far():
+    """Its tokens have probabilities below a millionth, and half of them win."""
+    case = next(c for c in OPS["mixture_sample"].tests if c.why == "the far tail")
+    (policy, _), kwargs = case.inputs()
+    got = eager.mixture_sample(policy, **kwargs)
+    rare = got.sampling_logprobs < -13.5
+    assert rare.tolist() == [True] * 4 + [False] * 4
+
+
+def test_traffic_of_bench_cases(op):
+    for case in OPS[op].bench:
+        assert isinstance(case, Case)
+        size = torch.Size(case.shape).numel()
+        moved, flops = traffic(case)
+        assert moved % size == 0
+        assert flops >= 4 * size
+        if op != "mixture_sample":
+            assert traffic(case, backward=True)[0] == 2 * size * case.dtype.itemsize

@@ -1,0 +1,340 @@
+"""Kernels with planted bugs, and the same without: what ``check`` must reject, and must accept.
+
+Plain PyTorch with hand-written gradients, in the signatures of a backend. ``Kernels(bug)`` has one
+bug, ``Kernels("")`` none.
+"""
+
+import math
+
+import torch
+
+from nlhf_kernels import eager
+
+TILE = 1024
+
+BUGS = {
+    "token_logprobs": (
+        "half precision inside",
+        "tail columns left out of the sum",
+        "tail columns of the gradient unwritten",
+        "class off by one",
+        "incoming gradient ignored",
+        "temperature forgotten in the backward",
+        "softcap forgotten in the backward",
+        "sign of the entropy's gradient",
+        "no shift by the maximum",
+        "0 * -inf in the entropy",
+        "outputs in the dtype of the logits",
+        "float32 for float64",
+        "last row unwritten",
+        "strides ignored",
+        "writes into the logits",
+        "writes beside the gradient in place",
+        "bf16 truncated",
+    ),
+    "pairwise_pg_loss": (
+        "half precision inside",
+        "mask ignored",
+        "mask ignored in the backward",
+        "masked rows of the gradient unwritten",
+        "suffix sum exclusive",
+        "prefix sum",
+        "sums run across packed sequences",
+        "sequence taken for reward_to_go",
+        "mean over tokens",
+        "baseline forgotten",
+        "tau forgotten",
+        "supplied log-probabilities ignored",
+        "incoming gradient ignored",
+        "class off by one",
+        "temperature forgotten in the backward",
+        "sign of the loss",
+        "kl in the wrong direction",
+    ),
+    "mixture_sample": (
+        "coefficient swapped",
+        "coefficient of the first row for all",
+        "temperature squared",
+        "tile of 512",
+        "24-bit noise",
+        "capped noise",
+        "inverse CDF inside the tile",
+        "noise shared by the rows",
+        "position ignored",
+        "high word of the seed ignored",
+        "last tile left out",
+        "highest id on a tie",
+        "0 * -inf",
+        "NaN not noticed",
+        "log-probability of the mixture as the policy's",
+        "log-probability before the temperature",
+        "half precision inside",
+        "reference's row stride taken from the policy",
+        "last row unwritten",
+        "float32 for float64",
+    ),
+}
+
+
+class Kernels:
+    def __init__(self, bug: str):
+        self.bug = bug
+
+    def table(self) -> dict:
+        """Name of raw op -> function, for the fixture ``plant``."""
+        names = ("mixture_sample_fwd", "token_logprobs_fwd", "token_logprobs_bwd",
+                 "pairwise_pg_loss_fwd", "pairwise_pg_loss_bwd")  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+    # ---- log-probabilities
+
+    def scores(self, logits, temperature, softcap):
+        if self.bug == "strides ignored" and logits.dim() == 2:
+            logits = logits.as_strided(logits.shape, (logits.shape[1], 1))
+        z = logits.to(eager.statistics_dtype(logits))
+        if self.bug == "half precision inside":
+            z = z.bfloat16().to(z.dtype)
+        if self.bug == "float32 for float64":
+            z = z.float()
+        x = softcap * torch.tanh(z / softcap) if softcap else z
+        return x / temperature
+
+    def token_logprobs_fwd(self, logits, tokens, temperature, softcap):
+        s = self.scores(logits, temperature, softcap)
+        if self.bug == "writes into the logits":
+            logits.sub_(1)
+        whole = s
+        if self.bug == "tail columns left out of the sum" and s.shape[-1] > TILE:
+            whole = s[..., : s.shape[-1] // TILE * TILE]
+        lse = whole.logsumexp(-1)
+        if self.bug == "no shift by the maximum":
+            lse = whole.exp().sum(-1).log()
+        if self.bug == "class off by one":
+            tokens = (tokens + 1).clamp(max=s.shape[-1] - 1)
+        logprobs = s.gather(-1, tokens[..., None])[..., 0] - lse
+        p = (s - lse[..., None]).exp()
+        product = p * s
+        if self.bug != "0 * -inf in the entropy":
+            product = product.masked_fill(p == 0, 0)
+        results = [logprobs, lse - product.sum(-1), lse]
+        if self.bug == "last row unwritten":
+            results = [torch.empty_like(x).copy_(x) for x in results]
+            results[0].view(-1)[-1:] = torch.empty(min(1, results[0].numel()))
+        wanted = eager.statistics_dtype(logits)
+        if self.bug == "outputs in the dtype of the logits":
+            wanted = logits.dtype
+        return tuple(x.to(wanted) for x in results)
+
+    def slope(self, logits, temperature, softcap):
+        z = logits.to(eager.statistics_dtype(logits))
+        slope = torch.ones_like(z)
+        if softcap and self.bug != "softcap forgotten in the backward":
+            slope = 1 - torch.tanh(z / softcap) ** 2
+        forgotten = self.bug == "temperature forgotten in the backward"
+        return slope if forgotten else slope / temperature
+
+    def token_logprobs_bwd(self, grad_logits, logits, tokens, lse, entropy, grad_logprobs,
+                           grad_entropy, temperature, softcap):  # fmt: skip
+        s = self.scores(logits, temperature, softcap)
+        p = (s - lse[..., None]).exp()
+        if self.bug == "incoming gradient ignored":
+            grad_logprobs, grad_entropy = torch.ones_like(lse), torch.ones_like(lse)
+        if self.bug == "class off by one":
+            tokens = (tokens + 1).clamp(max=s.shape[-1] - 1)
+        delta = torch.zeros_like(p).scatter_(-1, tokens[..., None], 1)
+        of_entropy = p * (s - lse[..., None] + entropy[..., None])
+        of_entropy = of_entropy.masked_fill(p == 0, 0) * grad_entropy[..., None]
+        if self.bug == "sign of the entropy's gradient":
+            of_entropy = -of_entropy
+        grad = grad_logprobs[..., None] * (delta - p) - of_entropy
+        grad = grad * self.slope(logits, temperature, softcap)
+        if self.bug == "bf16 truncated" and logits.dtype == torch.bfloat16:
+            grad = (grad.float().view(torch.int32) & -65536).view(torch.float32)
+        stop = grad.shape[-1]
+        if self.bug == "tail columns of the gradient unwritten" and stop > TILE:
+            stop = stop // TILE * TILE
+        grad_logits[..., :stop].copy_(grad[..., :stop])
+        if self.bug == "writes beside the gradient in place" and grad_logits.stride(-2) > stop:
+            size = (*grad_logits.shape[:-1], stop + 1)
+            grad_logits.as_strided(size, grad_logits.stride())[..., -1] = 0
+
+    # ---- loss
+
+    def pairwise_pg_loss_fwd(self, logits, tokens, mask, preference, ref_logprobs, policy_logprobs,
+                             cu_seqlens, tau, kl, baseline, temperature, softcap):  # fmt: skip
+        if self.bug == "mask ignored":
+            mask = torch.ones_like(mask)
+        V = logits.shape[-1]
+        clean = torch.where(mask[..., None], logits, 0)
+        safe = torch.where(mask, tokens, 0).clamp(0, V - 1)
+        logprobs, entropy, lse = (
+            x.where(mask, 0) for x in self.token_logprobs_fwd(clean, safe, temperature, softcap)
+        )
+        ell = logprobs.new_empty(0)
+        if self.bug == "baseline forgotten":
+            baseline = 0.0
+        B = len(preference)
+        offsets = None if cu_seqlens is None else cu_seqlens.tolist()
+        if offsets is None:
+            spans = [(b, slice(None)) for b in range(B)]
+        else:
+            spans = [slice(offsets[b], offsets[b + 1]) for b in range(B)]
+        coef = torch.zeros_like(logprobs)
+        if ref_logprobs is not None:
+            given = policy_logprobs is None or self.bug == "supplied log-probabilities ignored"
+            ell = ((logprobs if given else policy_logprobs) - ref_logprobs).where(mask, 0)
+            if self.bug == "kl in the wrong direction":
+                ell = -ell
+        sums = self.sums(ell, kl)
+        for b, span in enumerate(spans):
+            advantage = preference[b] - baseline
+            if ref_logprobs is not None and tau and self.bug != "tau forgotten":
+                across = self.bug == "sums run across packed sequences"
+                advantage = advantage - tau * (sums[span] if across else self.sums(ell[span], kl))
+            count = mask[span].sum() if self.bug == "mean over tokens" else 1
+            coef[span] = -advantage / (B * count)
+        coef = coef.where(mask, 0)
+        if self.bug == "sign of the loss":
+            coef = -coef
+        loss = (coef * logprobs).where(coef != 0, 0).sum()
+        return loss, logprobs, entropy, ell, lse, coef
+
+    def sums(self, ell, kl):
+        if kl == "token":
+            return ell
+        if kl == "sequence" or self.bug == "sequence taken for reward_to_go":
+            return ell.sum(-1, keepdim=True).expand_as(ell)
+        if self.bug == "prefix sum":
+            return ell.cumsum(-1)
+        suffix = ell.flip(-1).cumsum(-1).flip(-1)
+        return suffix - ell if self.bug == "suffix sum exclusive" else suffix
+
+    def pairwise_pg_loss_bwd(self, grad_logits, logits, tokens, mask, lse, coef, grad_loss,
+                             temperature, softcap):  # fmt: skip
+        seen = torch.ones_like(mask) if self.bug == "mask ignored in the backward" else mask
+        clean = torch.where(seen[..., None], logits, 0)
+        safe = torch.where(mask, tokens, 0).clamp(0, logits.shape[-1] - 1)
+        scale = coef if self.bug == "incoming gradient ignored" else coef * grad_loss
+        grad = torch.empty_like(clean)
+        zero = torch.zeros_like(lse)
+        self.token_logprobs_bwd(grad, clean, safe, lse, zero, scale, zero, temperature, softcap)
+        if self.bug == "masked rows of the gradient unwritten":
+            grad_logits[mask] = grad[mask]
+        else:
+            grad_logits.copy_(torch.where(seen[..., None], grad, 0))
+
+    # ---- sampling
+
+    def mixture_sample_fwd(self, policy_logits, ref_logits, mixture_coef, mixture_coef_rows,
+                           temperature, temperature_rows, seed, seed_rows, position,
+                           position_rows):  # fmt: skip
+        S = eager.statistics_dtype(policy_logits, ref_logits)
+        B, V = policy_logits.shape
+        rows = torch.arange(B)
+
+        def row(value, given, dtype=S):
+            return torch.full((B,), value, dtype=dtype) if given is None else given
+
+        coef = row(mixture_coef, mixture_coef_rows)[:, None]
+        if self.bug == "coefficient of the first row for all":
+            coef = coef[:1].expand(B, 1)
+        if self.bug == "coefficient swapped":
+            coef = 1 - coef
+        heat = row(temperature, temperature_rows)[:, None]
+        greedy = heat == 0
+        divisor = torch.where(greedy, 1, heat)
+        if self.bug == "temperature squared":
+            divisor = divisor**2
+        seeds = eager.fold_in(seed, rows) if seed_rows is None else seed_rows
+        if self.bug == "noise shared by the rows":
+            seeds = seeds[:1].expand(B)
+        places = row(position, position_rows, torch.int64)
+        if self.bug == "position ignored":
+            places = places * 0
+
+        policy = self.read(policy_logits, S)
+        models = [policy]
+        mixture = policy
+        if ref_logits is not None:
+            if self.bug == "reference's row stride taken from the policy" and B:
+                stride = min(policy_logits.stride(0), ref_logits.stride(0))
+                ref_logits = ref_logits.as_strided(ref_logits.shape, (stride, 1))
+            ref = self.read(ref_logits, S)
+            models.append(ref)
+            if self.bug == "0 * -inf":
+                mixture = (1 - coef) * policy + coef * ref
+            else:
+                one = torch.where(coef == 1, 0, policy)
+                other = torch.where(coef == 0, 0, ref)
+                never = (one == -math.inf) | (other == -math.inf)
+                mixture = ((1 - coef) * one + coef * other).masked_fill(never, -math.inf)
+        bad = ~torch.stack([x.amax(1).isfinite() for x in (*models, mixture)]).all(0)
+        if self.bug == "NaN not noticed":
+            bad = torch.stack([x.amax(1) == -math.inf for x in (*models, mixture)]).any(0)
+
+        def tempered(x, by=divisor):
+            return (x - x.amax(1, keepdim=True)) / by
+
+        scores = tempered(mixture)
+        drawn = self.draw(scores, seeds, places)
+        best = mixture.argmax(1)
+        if self.bug == "highest id on a tie":
+            best = V - 1 - mixture.flip(1).argmax(1)
+        tokens = torch.where(greedy[:, 0], best, drawn)
+
+        def at_token(x):
+            return x.log_softmax(1).gather(1, tokens[:, None])[:, 0].masked_fill(bad, math.nan)
+
+        by = torch.ones_like(divisor) if self.bug.startswith("log-probability before") else divisor
+        first = mixture if self.bug.startswith("log-probability of the mixture") else policy
+        outputs = [
+            tokens.masked_fill(bad, -1),
+            at_token(tempered(first, by)),
+            policy.new_empty(0) if len(models) == 1 else at_token(tempered(models[1], by)),
+            torch.where(greedy[:, 0] & ~bad, 0, at_token(scores)),
+            torch.zeros(B, dtype=S).masked_fill(bad, math.nan),
+        ]
+        if self.bug == "last row unwritten":
+            for x in outputs[1:]:
+                x[-1:] = torch.empty_like(x[-1:])
+        return tuple(x if x.dtype == torch.int64 else x.to(S) for x in outputs)
+
+    def read(self, logits, S):
+        if self.bug == "half precision inside":
+            logits = logits.bfloat16()
+        return logits.float() if self.bug == "float32 for float64" else logits.to(S)
+
+    def draw(self, scores, seeds, places):
+        size = 512 if self.bug == "tile of 512" else TILE
+        B, V = scores.shape
+        count = -(-V // size)
+        tiles = torch.nn.functional.pad(scores, (0, count * size - V), value=-math.inf)
+        tiles = tiles.view(B, count, size)
+        levels = tiles.logsumexp(-1)
+        if self.bug == "last tile left out" and count > 1:
+            levels[:, -1] = -math.inf
+        low, high = (seeds & 0xFFFFFFFF)[:, None], ((seeds >> 32) & 0xFFFFFFFF)[:, None]
+        if self.bug == "high word of the seed ignored":
+            high = high * 0
+        place = (places & 0xFFFFFFFF)[:, None]
+        words = eager.philox((place, torch.arange(count), 1, 0), (low, high))[0]
+        winner = (levels + self.gumbel(words, scores.dtype)).argmax(-1)
+        blocks = torch.arange(size // 4)
+        words = eager.philox((place, winner[:, None], 2, blocks), (low, high))
+        words = torch.stack(words, -1).view(B, size)
+        inside = tiles.gather(1, winner[:, None, None].expand(B, 1, size))[:, 0]
+        if self.bug == "inverse CDF inside the tile":
+            below = inside.softmax(-1).cumsum(-1)
+            u = (words[:, :1].to(scores.dtype) + 0.5) * 2.0**-32
+            lane = torch.searchsorted(below, u).clamp(max=size - 1)[:, 0]
+        else:
+            lane = (inside + self.gumbel(words, scores.dtype)).argmax(-1)
+        return (winner * size + lane).clamp(max=V - 1)
+
+    def gumbel(self, words, dtype):
+        if self.bug in ("24-bit noise", "capped noise"):
+            u = ((words >> 8).to(dtype) + 0.5) * 2.0**-24
+            if self.bug == "capped noise":
+                return -torch.log(-torch.log((1 - u).clamp(max=1 - 2.0**-23)))
+            return -torch.log(-torch.log1p(-u))
+        return eager.gumbel(words, dtype)
