@@ -106,17 +106,21 @@ class Kernels:
         whole = s
         if self.bug == "tail columns left out of the sum" and s.shape[-1] > TILE:
             whole = s[..., : s.shape[-1] // TILE * TILE]
-        lse = whole.logsumexp(-1)
+        top = s.amax(-1, keepdim=True)
         if self.bug == "no shift by the maximum":
-            lse = whole.exp().sum(-1).log()
+            top = torch.zeros_like(top)
+        log_total = (whole - top).exp().sum(-1, keepdim=True).log()
         if self.bug == "class off by one":
             tokens = (tokens + 1).clamp(max=s.shape[-1] - 1)
-        logprobs = s.gather(-1, tokens[..., None])[..., 0] - lse
-        p = (s - lse[..., None]).exp()
-        product = p * s
+        logprobs = s - top - log_total
+        p, d = logprobs.exp(), s - top
+        product = p * d
         if self.bug != "0 * -inf in the entropy":
             product = product.masked_fill(p == 0, 0)
-        results = [logprobs, lse - product.sum(-1), lse]
+        entropy = log_total[..., 0] - product.sum(-1)
+        logprobs = logprobs.gather(-1, tokens[..., None])[..., 0]
+        lse = (log_total + top)[..., 0]
+        results = [logprobs, entropy, lse]
         if self.bug == "last row unwritten":
             results = [torch.empty_like(x).copy_(x) for x in results]
             results[0].view(-1)[-1:] = torch.empty(min(1, results[0].numel()))

@@ -227,6 +227,8 @@ class Draw:
             if self.greedy[b]:
                 behind = self.mixture[b].max() - self.mixture[b, token]
                 assert behind <= tie, f"{name} is {behind:.3g} below the maximum"
+                before = self.mixture[b, :token] == self.mixture[b, token]
+                assert not before.any(), f"{name} is not the first of its tie"
                 continue
             tiles = self.kept[b].split(eager.TILE)
             levels = torch.stack([x.logsumexp(0) for x in tiles])
