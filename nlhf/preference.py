@@ -140,7 +140,7 @@ class PreferenceModel(nn.Module):
             hint = "shorten the responses" if self.settings["truncate"] else "or set truncate=True"
             raise ValueError(
                 f"{type(self).__name__}: a prompt with its responses has {len(ids)} tokens and the "
-                f"context {self.max_length}; use shorter texts {hint}"
+                f"context {self.max_length}; use shorter texts, {hint}"
             )
         return tuple(ids)
 

@@ -189,7 +189,8 @@ def mixture_sample(
         drawn = _draw(kept, seeds, row(position, torch.int64)[:, 0])
         tokens = torch.where(greedy[:, 0], mixture.argmax(-1), drawn)
 
-        bad = ~_usable(policy) | ~_usable(mixture) | ~(heat[:, 0] >= 0)
+        heated = (heat[:, 0] >= 0) & (heat[:, 0] < torch.inf)
+        bad = ~_usable(policy) | ~_usable(mixture) | ~heated
         if ref is not None:
             bad |= ~_usable(ref)
 

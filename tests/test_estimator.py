@@ -14,7 +14,8 @@ import torch
 import nlhf_kernels as nk
 from nlhf_kernels.testing import TOLERANCE
 
-V, T, EOS, TAU, COEF = 3, 3, 2, 0.3, 0.25
+V, T, EOS = 3, 3, 2
+TAU, COEF, TEMPERATURE = 0.3, 0.25, 0.8
 PREFIXES = [p for n in range(T) for p in itertools.product((0, 1), repeat=n)]
 SEQUENCES = [(*p, EOS) for p in PREFIXES] + list(itertools.product((0, 1), repeat=T))
 
@@ -32,8 +33,8 @@ MASK = TOKENS >= 0
 
 
 def logprobs(table: torch.Tensor) -> torch.Tensor:
-    """(sequence, T) log-probability of each token, 0 after the end."""
-    of_prefix = table.log_softmax(-1)[WHERE]
+    """(sequence, T) log-probability of each token at the temperature, 0 after the end."""
+    of_prefix = (table / TEMPERATURE).log_softmax(-1)[WHERE]
     return torch.where(MASK, of_prefix.gather(-1, TOKENS.clamp(min=0)[..., None])[..., 0], 0)
 
 
@@ -60,6 +61,7 @@ def game():
 def expected_gradient(weights, preference, rows, kl, dtype, target):
     """Sum over sequences ``rows`` of weight times the op's gradient, with respect to the table."""
     policy, ref, *_ = game()
+    ref_logprobs = torch.where(MASK, logprobs(ref), torch.nan)
     table = policy.to(target.device, dtype).requires_grad_()
     logits = table[WHERE[rows].to(target.device)]
     loss = nk.pairwise_pg_loss(
@@ -68,8 +70,9 @@ def expected_gradient(weights, preference, rows, kl, dtype, target):
         MASK[rows].to(target.device),
         preference.to(target.device, dtype),
         tau=TAU,
-        ref_logprobs=logprobs(ref)[rows].to(target.device, dtype),
+        ref_logprobs=ref_logprobs[rows].to(target.device, dtype),
         kl=kl,
+        temperature=TEMPERATURE,
         backend=target.backend,
     ).loss
     (per_row,) = torch.autograd.grad(loss, logits, retain_graph=True)
@@ -117,3 +120,16 @@ def test_all_pairs(target):
             weights, preference[rows, others], rows, kl, torch.float64, target
         )
         assert (ascent - exact).abs().max() < 1e-10
+
+
+def test_the_proof_can_fail(target):
+    """With another opponent than the mixture the two gradients are apart."""
+    policy, ref, _, preference, exact = game()
+    weights = logprobs(policy).sum(1).exp()
+    rows = torch.arange(len(SEQUENCES))
+    self_play = logprobs(policy).sum(1).exp()
+    for other in (self_play, logprobs(ref).sum(1).exp()):
+        ascent = -expected_gradient(
+            weights, preference @ other, rows, "reward_to_go", torch.float64, target
+        )
+        assert (ascent - exact).abs().max() > 1e-3

@@ -105,6 +105,26 @@ def test_opcheck(op, compiled):
         torch.library.opcheck(function, args)
 
 
+@pytest.mark.parametrize("rows", [False, True])
+def test_opcheck_of_eager_sampling(rows):
+    """The one raw op of eager, which only torch.compile uses."""
+    policy, ref = torch.randn(2, 3, 40)
+    # mixture_coef, temperature, top_k, top_p, min_p, seed, position
+    scalars = [0.3, 0.9, 7, 0.95, 0.01, 5, 2]
+    like = [torch.full((3,), x) if rows else None for x in scalars]
+    arguments = [x for pair in zip(scalars, like, strict=True) for x in pair]
+    torch.library.opcheck(torch.ops.nlhf.mixture_sample_eager, (policy, ref, *arguments))
+
+
+def test_fold_in_compiles():
+    """Inductor's C++ has undefined overflows, where eager's integers wrap around."""
+    torch._dynamo.reset()
+    seeds = eager.fold_in(3, torch.arange(64))
+    for k in (0, 2**32 - 1):
+        got = torch.compile(nk.fold_in, fullgraph=True)(seeds, k)
+        assert torch.equal(got, nk.fold_in(seeds, k))
+
+
 def test_every_raw_op_of_a_backend_is_there(compiled):
     for raw_op, paths in registry._PATHS.items():
         if compiled.backend in paths:
@@ -276,9 +296,7 @@ def test_in_place_backward(differentiable, target):
 
 def test_compiles_as_one_graph(op, target):
     torch._dynamo.reset()
-    # inductor takes minutes over the noise of eager; test_eager.py compiles Philox by itself
-    slow = target.interpreted or (op == "mixture_sample" and target.backend == "eager")
-    compiler = "aot_eager" if slow else "inductor"
+    compiler = "aot_eager" if target.interpreted else "inductor"
     function = torch.compile(getattr(nk, op), fullgraph=True, backend=compiler)
     args, kwargs = OPS[op].tests[0].inputs(device=target.device)
     want = run(op, args, kwargs, target.backend)

@@ -204,6 +204,21 @@ def test_an_integer_seed_is_folded_into_the_rows(target):
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def test_a_tensor_without_dimensions_is_every_rows(target):
+    policy, ref = torch.randn(2, 5, 50, device=target.device)
+    values = {"mixture_coef": 0.25, "temperature": 0.5, "seed": 9, "position": 4}
+    tensors = {name: torch.tensor(x, device=target.device) for name, x in values.items()}
+    filled = {name: x.repeat(5) for name, x in tensors.items()}
+    one, other = (
+        nk.mixture_sample(policy, ref, **x, backend=target.backend) for x in (tensors, filled)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    # and parameters with gaps between them
+    gaps = {name: x.repeat(10)[::2] for name, x in tensors.items()}
+    other = nk.mixture_sample(policy, ref, **gaps, backend=target.backend)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 def test_seeds_and_positions_are_independent(target):
     """With shared noise y and y' would be equal; with independent they meet at the rate sum p^2."""
     B, V = rows(target, 1500, 60), 6

@@ -164,6 +164,16 @@ def test_what_is_under_the_mask_is_not_wrong():
         nk.pairwise_pg_loss(**given)
 
 
+@pytest.mark.parametrize("name", ["token_logprobs", "pairwise_pg_loss"])
+def test_rows_that_share_memory_cannot_hold_gradients(name, target):
+    given = {k: v.to(target.device) if torch.is_tensor(v) else v for k, v in right(name).items()}
+    given["logits"] = torch.zeros(B, 1, V, device=target.device).expand(B, T, V)
+    function = getattr(nk, name)
+    function(**given, backend=target.backend)
+    with pytest.raises(ValueError, match=f"{name}: inplace_backward needs"):
+        function(**given, backend=target.backend, inplace_backward=True)
+
+
 def test_positional_settings_are_refused():
     """Everything after the tensors is keyword-only: a temperature must not land in a softcap."""
     given = right("token_logprobs")

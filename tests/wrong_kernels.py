@@ -276,6 +276,8 @@ class Kernels:
         if self.bug == "NaN not noticed":
             bad = torch.stack([x.amax(1) == -math.inf for x in (*models, mixture)]).any(0)
 
+        bad |= ~((heat >= 0) & heat.isfinite())[:, 0]
+
         def tempered(x, by=divisor):
             return (x - x.amax(1, keepdim=True)) / by
 

@@ -73,10 +73,18 @@ def check_number(op: str, name: str, x: object, low: float, high: float, wanted:
 
 def check_scaling(op: str, temperature: float, softcap: float | None) -> None:
     largest = torch.finfo(torch.float64).max
-    tiny = torch.finfo(torch.float64).tiny
-    check_number(op, "temperature", temperature, tiny, largest, "above 0 and finite")
+    # smaller ones leave no finite score in float32
+    check_number(op, "temperature", temperature, 1e-30, largest, "above 0 (1e-30) and finite")
     if softcap is not None:
-        check_number(op, "softcap", softcap, tiny, largest, "above 0 and finite, or None")
+        check_number(op, "softcap", softcap, 1e-30, largest, "above 0 (1e-30) and finite, or None")
+
+
+def check_inplace(op: str, logits: Tensor) -> None:
+    """Rows that share their memory, as ``expand`` makes them, cannot hold their own gradients."""
+    shared = any(k == 0 and n > 1 for n, k in zip(logits.shape, logits.stride(), strict=True))
+    require(
+        not shared, op, "inplace_backward needs logits whose rows do not share memory: clone them"
+    )
 
 
 def check_token_ids(op: str, tokens: Tensor, mask: Tensor | None, V: int) -> None:

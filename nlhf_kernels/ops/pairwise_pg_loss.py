@@ -166,6 +166,8 @@ def pairwise_pg_loss(
             f"{common.describe(ref_logits)} beside {common.describe(logits)}",
         )
     inplace = inplace_backward and not torch.compiler.is_compiling()
+    if inplace:
+        common.check_inplace(OP, logits)
 
     backend = common.resolve(OP, logits, backend)
     if backend == "eager":

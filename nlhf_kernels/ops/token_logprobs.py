@@ -89,6 +89,8 @@ def token_logprobs(
     common.check_scaling(OP, temperature, softcap)
     common.check_token_ids(OP, tokens, None, logits.shape[-1])
     inplace = inplace_backward and not torch.compiler.is_compiling()
+    if inplace:
+        common.check_inplace(OP, logits)
 
     backend = common.resolve(OP, logits, backend)
     if backend == "eager":

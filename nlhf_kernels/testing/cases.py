@@ -204,6 +204,8 @@ _SAMPLE_TESTS = (
     _sample("-inf, coefficient 0", (4, 1100), special="infinities", coef=0.0),
     _sample("-inf, coefficient 1", (4, 1100), special="infinities", coef=1.0),
     _sample("bad rows", (9, 40), special="bad rows"),
+    _sample("bad temperatures", (5, 40), temperature=torch.tensor([-1, math.nan, math.inf, 1, 0])),
+    _sample("bad coefficients", (4, 40), coef=torch.tensor([math.nan, math.inf, 1, 0.5])),
     _sample("temperature 0, ties", (6, 1100), special="ties", temperature=0.0, coef=0.5),
     _sample("the coldest temperature", (4, 70), temperature=1e-30),
     _sample("a hot one", (4, 70), temperature=1e4),

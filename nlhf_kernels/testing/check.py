@@ -185,6 +185,7 @@ class Draw:
         never = sum(((c != 0) & (x == -torch.inf)).long() for c, x in terms) > 0
         self.mixture = mixture.masked_fill(never, -torch.inf)
         self.bad = ~torch.stack([x.amax(1).isfinite() for x in (*self.models, self.mixture)]).all(0)
+        self.bad |= ~((heat[:, 0] >= 0) & heat[:, 0].isfinite())
 
         self.whole = self._tempered(self.mixture)
         filters = [row(top_k, torch.int64), row(top_p), row(min_p)]
