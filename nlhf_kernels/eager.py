@@ -290,8 +290,8 @@ def token_logprobs(
             ``full[:, :-1]`` costs no copy), last stride 1.
         tokens: (N,) or (B, T) int64 in [0, V). Outside: ``ValueError`` on the CPU; elsewhere, where
             looking would stall the device, a NaN log-probability without a gradient.
-        temperature: above 0.
-        softcap: above 0, or ``None``.
+        temperature: above 0 (at least 1e-30).
+        softcap: above 0 (at least 1e-30), or ``None``.
         inplace_backward: let the backward write the gradient over ``logits``: no other use of them
             may follow, and a second backward raises. Ignored under torch.compile.
         backend: "", "eager", "cpp", "triton" or "cuda".
@@ -368,8 +368,8 @@ def pairwise_pg_loss(
             place of those of ``logits`` inside the stop_gradient only.
         kl: "reward_to_go", "sequence" or "token".
         baseline: subtracted from the preference: P(y > y) = 1/2 needs no value function.
-        temperature: above 0: the rollout's.
-        softcap: above 0, or ``None``.
+        temperature: above 0 (at least 1e-30): the rollout's.
+        softcap: above 0 (at least 1e-30), or ``None``.
         cu_seqlens: (B + 1,) int32 or int64, offsets of the packed sequences, from 0 to N.
         inplace_backward: let the backward write the gradient over ``logits``: no other use of them
             may follow, and a second backward raises. Ignored under torch.compile.

@@ -20,6 +20,33 @@ def define(schema: str, body: Callable, fake: Callable) -> None:
     torch.library.register_fake(f"nlhf::{name}", fake, lib=LIBRARY)
 
 
+def define_backward(op: str, arguments: str) -> None:
+    """Two raw ops: ``<op>_bwd`` returns the gradient, ``<op>_bwd_`` writes it over the logits.
+
+    ``arguments`` is their schema after the logits, the backend last.
+    """
+
+    def empty(logits, *_):
+        return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+    def write(grad_logits, logits, *arguments):
+        *arguments, backend = arguments
+        registry.load(f"{op}_bwd", backend)(grad_logits, logits, *arguments)
+
+    def out_of_place(logits, *arguments):
+        grad_logits = empty(logits)
+        write(grad_logits, logits, *arguments)
+        return grad_logits
+
+    def in_place(logits, *arguments):
+        write(logits, logits, *arguments)
+        # the schema's Tensor(a!) alone does not bump it
+        torch.autograd.graph.increment_version(logits)
+
+    define(f"{op}_bwd(Tensor logits, {arguments}) -> Tensor", out_of_place, empty)
+    define(f"{op}_bwd_(Tensor(a!) logits, {arguments}) -> ()", in_place, lambda *_: None)
+
+
 def require(condition: bool, op: str, message: str) -> None:
     if not condition:
         raise ValueError(f"{op}: {message}")

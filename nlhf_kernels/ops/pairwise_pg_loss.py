@@ -24,28 +24,6 @@ def _forward_fake(logits, tokens, mask, preference, ref_logprobs, *arguments):
     return tuple(logits.new_empty(s, dtype=dtype) for s in shapes)
 
 
-def _backward(logits, *arguments):
-    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    *arguments, backend = arguments
-    registry.load(f"{OP}_bwd", backend)(grad_logits, logits, *arguments)
-    return grad_logits
-
-
-def _backward_fake(logits, *arguments):
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-
-
-def _backward_(logits, *arguments):
-    *arguments, backend = arguments
-    registry.load(f"{OP}_bwd", backend)(logits, logits, *arguments)
-    # the schema's Tensor(a!) alone does not bump it
-    torch.autograd.graph.increment_version(logits)
-
-
-_BACKWARD = (
-    "Tensor tokens, Tensor mask, Tensor lse, Tensor coef, Tensor grad_loss,"
-    " float temperature, float softcap, str backend)"
-)
 common.define(
     f"{OP}_fwd(Tensor logits, Tensor tokens, Tensor mask, Tensor preference, Tensor? ref_logprobs,"
     " Tensor? policy_logprobs, Tensor? cu_seqlens, float tau, str kl, float baseline,"
@@ -54,8 +32,11 @@ common.define(
     _forward,
     _forward_fake,
 )
-common.define(f"{OP}_bwd(Tensor logits, {_BACKWARD} -> Tensor", _backward, _backward_fake)
-common.define(f"{OP}_bwd_(Tensor(a!) logits, {_BACKWARD} -> ()", _backward_, lambda *_: None)
+common.define_backward(
+    OP,
+    "Tensor tokens, Tensor mask, Tensor lse, Tensor coef, Tensor grad_loss,"
+    " float temperature, float softcap, str backend",
+)
 
 
 class _PairwisePGLoss(torch.autograd.Function):

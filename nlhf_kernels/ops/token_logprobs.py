@@ -19,36 +19,17 @@ def _forward_fake(logits, tokens, temperature, softcap, backend):
     return tuple(logits.new_empty(tokens.shape, dtype=dtype) for _ in range(3))
 
 
-def _backward(logits, *arguments):
-    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    *arguments, backend = arguments
-    registry.load(f"{OP}_bwd", backend)(grad_logits, logits, *arguments)
-    return grad_logits
-
-
-def _backward_fake(logits, *arguments):
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-
-
-def _backward_(logits, *arguments):
-    *arguments, backend = arguments
-    registry.load(f"{OP}_bwd", backend)(logits, logits, *arguments)
-    # the schema's Tensor(a!) alone does not bump it
-    torch.autograd.graph.increment_version(logits)
-
-
-_BACKWARD = (
-    "Tensor tokens, Tensor lse, Tensor entropy, Tensor grad_logprobs, Tensor grad_entropy,"
-    " float temperature, float softcap, str backend)"
-)
 common.define(
     f"{OP}_fwd(Tensor logits, Tensor tokens, float temperature, float softcap, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
-common.define(f"{OP}_bwd(Tensor logits, {_BACKWARD} -> Tensor", _backward, _backward_fake)
-common.define(f"{OP}_bwd_(Tensor(a!) logits, {_BACKWARD} -> ()", _backward_, lambda *_: None)
+common.define_backward(
+    OP,
+    "Tensor tokens, Tensor lse, Tensor entropy, Tensor grad_logprobs, Tensor grad_entropy,"
+    " float temperature, float softcap, str backend",
+)
 
 
 class _TokenLogprobs(torch.autograd.Function):
