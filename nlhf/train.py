@@ -39,8 +39,8 @@ def run(settings: Config, resume: bool = False) -> dict:
     output = Path(settings.output)
     _claim(output, settings, resume)
     pieces = parts.build(settings)
-    if not (output / "config.yaml").exists():
-        output.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
+    if not _started(output):
         config.save(settings, output / "config.yaml")
     optimizer = torch.optim.AdamW(
         [p for p in pieces.policy.parameters() if p.requires_grad],
@@ -227,6 +227,8 @@ def _claim(output: Path, settings: Config, resume: bool) -> None:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise ValueError(f"train: {output} exists and holds no run: choose another --output")
         return
+    if not _started(output):
+        return
     if not resume:
         raise ValueError(
             f"train: {output} already holds a run: give --resume to go on with it, or another "
@@ -239,6 +241,13 @@ def _claim(output: Path, settings: Config, resume: bool) -> None:
                 f"train: the run in {output} has {name} = {before[name]!r}, not {value!r}: "
                 "resume it with its own settings, or choose another --output"
             )
+
+
+def _started(output: Path) -> bool:
+    """Whether a run got as far as its first step; before that there is nothing to lose."""
+    metrics = output / "metrics.jsonl"
+    done = metrics.exists() and metrics.stat().st_size > 0
+    return done or (output / "checkpoints").exists() or (output / "model").exists()
 
 
 def _keep_metrics(path: Path, done: int) -> list[dict]:

@@ -290,6 +290,16 @@ def test_a_run_is_never_written_over(folder, tmp_path, capsys):
     assert before == {p: p.read_bytes() for p in before}
 
 
+def test_a_run_that_failed_before_its_first_step_can_be_started_again(folder, tmp_path):
+    wrong = settings(folder, tmp_path / "run", steps=1, preference="tests.test_train:broken_judge")
+    with pytest.raises(ValueError, match=r"1\.5"):
+        train.run(wrong)
+    right = settings(folder, tmp_path / "run", steps=1, eval_prompts="")
+    train.run(right)
+    assert config.load(str(tmp_path / "run" / "config.yaml")) == right
+    assert len(metrics(tmp_path / "run")) == 1
+
+
 def damage_bits(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
