@@ -106,12 +106,12 @@ class Config:
                 )
 
 
-_TINY = 1e-300
+_TINY = 1e-30
 _LIMITS = (
     ("mixture_coef", 0, 1, "in [0, 1]"),
-    ("tau", 0, 1e300, "at least 0 and finite"),
-    ("temperature", _TINY, 1e300, "above 0 and finite"),
-    ("top_k", 0, math.inf, "at least 0"),
+    ("tau", 0, 1e30, "at least 0 and finite"),
+    ("temperature", _TINY, 1e30, "above 0 and finite"),
+    ("top_k", 0, 2**63 - 1, "at least 0"),
     ("top_p", _TINY, 1, "in (0, 1]"),
     ("min_p", 0, 1, "in [0, 1]"),
     ("max_new_tokens", 1, math.inf, "at least 1"),
@@ -189,7 +189,7 @@ def _read(source: str) -> dict:
         raise ValueError(
             f"config: cannot read {source}: {error.strerror}; give a YAML file or one of: {known}"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         first = " ".join(str(error).split())
         raise ValueError(f"config: {source} is not YAML: {first}") from None
     if not isinstance(values, dict):

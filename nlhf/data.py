@@ -204,8 +204,8 @@ def _jsonl_rows(name: str) -> Iterator[tuple[str, dict]]:
                 where = f"{name}, line {number}"
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{where}: is not JSON: {error.msg}") from error
+                except (json.JSONDecodeError, RecursionError) as error:
+                    raise ValueError(f"{where}: is not JSON: {error}") from error
                 if not isinstance(row, dict):
                     raise ValueError(f"{where}: must be a JSON object, got {type(row).__name__}")
                 yield where, row
@@ -259,6 +259,11 @@ def _need(row: dict, names: tuple[str, ...], where: str) -> None:
 
 def _check_text(text: Any, column: str, where: str, *, empty_ok: bool) -> Text:
     """A string as it is, or messages reduced to role and content."""
+    try:
+        # JSON can spell half a surrogate pair, which no tokenizer takes
+        str(text).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: {column} is not valid Unicode (a lone surrogate)") from None
     if isinstance(text, str):
         if not empty_ok and not text.strip():
             raise ValueError(f"{where}: {column} must not be empty")

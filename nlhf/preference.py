@@ -439,7 +439,7 @@ def as_preference(source: Any, *, device: torch.device | str | None = None) -> C
     """
     if isinstance(source, Checked):
         return source
-    if isinstance(source, str) and re.fullmatch(r"[\w.]+:[\w.]+", source):
+    if isinstance(source, str) and re.fullmatch(r"\w[\w.]*:[\w.]+", source):
         module, _, path = source.partition(":")
         try:
             target: Any = importlib.import_module(module)

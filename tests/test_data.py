@@ -173,3 +173,10 @@ def test_real_pairs():
     assert len(pairs) > 900
     assert len(set(pairs.prompt)) == 48
     assert all(0 <= p <= 1 for p in pairs.probability)
+
+
+@pytest.mark.parametrize("line", [r'{"prompt": "a\ud800"}', "[" * 100_000])
+def test_json_that_no_tokenizer_or_parser_takes(tmp_path, line):
+    (tmp_path / "x.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 1: "):
+        data.read_prompts(tmp_path / "x.jsonl")

@@ -78,7 +78,7 @@ WRONG = {
         "ref_logits": (*ROW_LOGITS[:-1], torch.zeros(B, V + 1), torch.zeros(B + 1, V)),
         "mixture_coef": (-0.1, 1.1, NAN, INF, None, "0", torch.zeros(B + 1), torch.zeros(B).long(),
                          torch.zeros(B, 1), torch.zeros(B, device="meta"), True),
-        "temperature": (-1.0, NAN, INF, None, torch.zeros(B + 1), torch.zeros(B).long()),
+        "temperature": (-1.0, NAN, INF, 1e39, None, torch.zeros(B + 1), torch.zeros(B).long()),
         "top_k": (-1, 1.5, 2.0, NAN, torch.zeros(B), True),
         "top_p": (0.0, -0.5, 1.1, NAN, torch.zeros(B).long()),
         "min_p": (-0.1, 1.1, NAN),

@@ -8,6 +8,7 @@ from torch import Tensor
 from nlhf_kernels import registry
 
 LIBRARY = torch.library.Library("nlhf", "DEF")
+LARGEST = torch.finfo(torch.float32).max
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -99,11 +100,10 @@ def check_number(op: str, name: str, x: object, low: float, high: float, wanted:
 
 
 def check_scaling(op: str, temperature: float, softcap: float | None) -> None:
-    largest = torch.finfo(torch.float64).max
     # smaller ones leave no finite score in float32
-    check_number(op, "temperature", temperature, 1e-30, largest, "above 0 (1e-30) and finite")
+    check_number(op, "temperature", temperature, 1e-30, LARGEST, "above 0 (1e-30) and finite")
     if softcap is not None:
-        check_number(op, "softcap", softcap, 1e-30, largest, "above 0 (1e-30) and finite, or None")
+        check_number(op, "softcap", softcap, 1e-30, LARGEST, "above 0 (1e-30) and finite, or None")
 
 
 def check_inplace(op: str, logits: Tensor) -> None:

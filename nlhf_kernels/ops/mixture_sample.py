@@ -1,7 +1,5 @@
 """Contract of ``mixture_sample``."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -63,17 +61,17 @@ common.define(
 
 def _check_parameters(values: dict, extrapolate: bool) -> None:
     """Python scalars out of range raise at once."""
-    inf = math.inf
-    largest = torch.finfo(torch.float64).max
+    # what the statistics can hold, in float32 too
+    largest = common.LARGEST
     coef = (-largest, largest, "a finite number") if extrapolate else (0, 1, "in [0, 1]")
     limits = {
         "mixture_coef": coef,
         "temperature": (0, largest, "at least 0 and finite"),
-        "top_k": (0, inf, "an integer, at least 0"),
+        "top_k": (0, 2**63 - 1, "a 64-bit integer, at least 0"),
         "top_p": (5e-324, 1, "in (0, 1]"),
         "min_p": (0, 1, "in [0, 1]"),
         "seed": (-(2**63), 2**63 - 1, "a 64-bit integer"),
-        "position": (0, 2**63 - 1, "an integer, at least 0"),
+        "position": (0, 2**63 - 1, "a 64-bit integer, at least 0"),
     }
     for name, value in values.items():
         if isinstance(value, Tensor):

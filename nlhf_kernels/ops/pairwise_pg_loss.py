@@ -125,9 +125,9 @@ def pairwise_pg_loss(
     per_token = {"ref_logprobs": ref_logprobs, "policy_logprobs": policy_logprobs}
     _check(logits, tokens, mask, preference, cu_seqlens, per_token)
     common.require(kl in KL, OP, f"kl must be one of {', '.join(KL)}, got {kl!r}")
-    largest = torch.finfo(torch.float64).max
-    common.check_number(OP, "tau", tau, 0, largest, "at least 0 and finite")
-    common.check_number(OP, "baseline", baseline, -largest, largest, "a finite number")
+    common.check_number(OP, "tau", tau, 0, common.LARGEST, "at least 0 and finite")
+    high = common.LARGEST
+    common.check_number(OP, "baseline", baseline, -high, high, "a finite number")
     common.check_scaling(OP, temperature, softcap)
     common.require(
         ref_logprobs is None or ref_logits is None, OP, "give ref_logprobs or ref_logits, not both"
