@@ -259,12 +259,8 @@ def _need(row: dict, names: tuple[str, ...], where: str) -> None:
 
 def _check_text(text: Any, column: str, where: str, *, empty_ok: bool) -> Text:
     """A string as it is, or messages reduced to role and content."""
-    try:
-        # JSON can spell half a surrogate pair, which no tokenizer takes
-        str(text).encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{where}: {column} is not valid Unicode (a lone surrogate)") from None
     if isinstance(text, str):
+        _check_unicode(text, column, where)
         if not empty_ok and not text.strip():
             raise ValueError(f"{where}: {column} must not be empty")
         return text
@@ -285,7 +281,16 @@ def _check_text(text: Any, column: str, where: str, *, empty_ok: bool) -> Text:
             )
     if not empty_ok and not any(message["content"].strip() for message in text):
         raise ValueError(f"{where}: {column} must not be empty")
+    _check_unicode(plain_text(text), column, where)
     return [{"role": message["role"], "content": message["content"]} for message in text]
+
+
+def _check_unicode(text: str, column: str, where: str) -> None:
+    """JSON can spell half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: {column} is not valid Unicode (a lone surrogate)") from None
 
 
 def _check_probability(value: Any, where: str) -> float:

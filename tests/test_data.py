@@ -175,7 +175,14 @@ def test_real_pairs():
     assert all(0 <= p <= 1 for p in pairs.probability)
 
 
-@pytest.mark.parametrize("line", [r'{"prompt": "a\ud800"}', "[" * 100_000])
+BROKEN = (
+    r'{"prompt": "a\ud800"}',
+    r'{"prompt": [{"role": "user", "content": "a\ud800"}]}',
+    "[" * 100_000,
+)
+
+
+@pytest.mark.parametrize("line", BROKEN)
 def test_json_that_no_tokenizer_or_parser_takes(tmp_path, line):
     (tmp_path / "x.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=r"x\.jsonl, line 1: "):
