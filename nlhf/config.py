@@ -223,5 +223,10 @@ def _typed(name: str, value, kind: type, source: str):
     raise ValueError(f"config: {name} in {source} must be a {kind.__name__}, got {value!r}")
 
 
+def dump(config: Config) -> str:
+    """Every field as YAML."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
 def save(config: Config, path: Path) -> None:
-    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+    path.write_text(dump(config), encoding="utf-8")

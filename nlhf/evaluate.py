@@ -82,6 +82,7 @@ def report(parts: Parts, model: torch.nn.Module) -> dict:
             scores = torch.tensor([parts.lexicon(text) for text in joined])
             result[side]["lexicon"] = scores.mean().item()
     result["prompts"] = len(prompts)
+    result["judge_unseen"] = parts.judge is not parts.preference
     result["samples"] = list(zip(shown[:5], texts_ref[:5], texts[:5], strict=False))
     return result
 
@@ -102,12 +103,13 @@ def table(result: dict) -> str:
     """The report as Markdown."""
     before, after = result["reference"], result["trained"]
     win, same, kl = (result[k] for k in ("win_judge", "win_preference", "kl"))
+    judge = "judge unseen in training" if result["judge_unseen"] else "which training used"
     lines = [
         f"On {result['prompts']} held-out prompts, 95 % intervals:",
         "",
         "| measure | reference | trained |",
         "|---|---|---|",
-        f"| **win rate against the reference, judge unseen in training** | 0.500 | {_pm(win)} |",
+        f"| **win rate against the reference, {judge}** | 0.500 | {_pm(win)} |",
         f"| win rate against the reference, preference trained on | 0.500 | {_pm(same)} |",
         f"| KL to the reference, nats a completion | 0 | {_pm(kl, 2)} |",
         f"| length, tokens | {before['length']:.1f} | {after['length']:.1f} |",

@@ -31,10 +31,24 @@ class Parts:
         """What the policy reads: the chat template is applied to conversations."""
         return [data.render_prompt(prompt, self.tokenizer) for prompt in prompts]
 
-    def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+    def encode(self, prompts: list) -> tuple[Tensor, Tensor]:
         """Left-padded ids and mask, (B, P) on the device."""
-        batch = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+        # a chat template writes its own special tokens
+        special = all(isinstance(prompt, str) for prompt in prompts)
+        batch = self.tokenizer(
+            self.render(prompts),
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            add_special_tokens=special,
+        )
         return batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
+
+    def end_tokens(self) -> list[int]:
+        """The tokenizer's end of sequence, and those that the model's generation config adds."""
+        own = getattr(getattr(self.policy, "generation_config", None), "eos_token_id", None)
+        more = [own] if isinstance(own, int) else list(own or [])
+        return sorted({self.tokenizer.eos_token_id, *more})
 
     def decode(self, completion: rollout.Completion) -> list[str]:
         rows = zip(completion.tokens.tolist(), completion.mask.tolist(), strict=True)
@@ -51,10 +65,10 @@ class Parts:
             "top_k": c.top_k,
             "top_p": c.top_p,
             "min_p": c.min_p,
-            "eos_token_id": self.tokenizer.eos_token_id,
+            "eos_token_id": self.end_tokens(),
             "pad_token_id": self.tokenizer.pad_token_id,
         }
-        ids = self.encode(self.render(prompts))
+        ids = self.encode(prompts)
         policy = self.policy if policy is None else policy
         return rollout.generate_pair(policy, self.ref, *ids, seed=seeds, **chosen | settings)
 

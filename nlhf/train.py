@@ -228,6 +228,9 @@ def _claim(output: Path, settings: Config, resume: bool) -> None:
             raise ValueError(f"train: {output} exists and holds no run: choose another --output")
         return
     if not _started(output):
+        # a file that we did not write is somebody's own, whatever its name
+        if config.dump(config.load(str(path))) != path.read_text(encoding="utf-8"):
+            raise ValueError(f"train: {path} is not of a run: choose another --output")
         return
     if not resume:
         raise ValueError(

@@ -407,7 +407,7 @@ def pairwise_pg_loss(
         ref_logprobs = masked(ref_logprobs).detach()
 
     sequence = _sequence_ids(tokens, cu_seqlens)
-    advantage = masked(preference.to(dtype)[sequence] - baseline)
+    advantage = masked(preference.detach().to(dtype)[sequence] - baseline)
     ell = logprobs.new_empty(0)
     if ref_logprobs is not None:
         current = logprobs if policy_logprobs is None else policy_logprobs

@@ -300,6 +300,29 @@ def test_a_run_that_failed_before_its_first_step_can_be_started_again(folder, tm
     assert len(metrics(tmp_path / "run")) == 1
 
 
+def test_a_config_of_the_user_is_not_written_over(folder, tmp_path):
+    (tmp_path / "run").mkdir()
+    mine = "# my notes\nsteps: 1\n"
+    (tmp_path / "run" / "config.yaml").write_text(mine)
+    with pytest.raises(ValueError, match="is not of a run"):
+        train.run(settings(folder, tmp_path / "run", steps=1))
+    assert (tmp_path / "run" / "config.yaml").read_text() == mine
+
+
+def test_a_chat_template_brings_its_own_special_tokens(folder, tmp_path):
+    pieces = parts.build(settings(folder, tmp_path / "x"))
+    from tokenizers.processors import TemplateProcessing
+
+    begin = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    pieces.tokenizer.backend_tokenizer.post_processor = begin
+    ids, mask = pieces.encode(["w1 w2"])
+    assert ids[mask != 0].tolist() == [1, 4, 5]
+    pieces.tokenizer.chat_template = "{{ bos_token }} {{ messages[0].content }}"
+    ids, mask = pieces.encode([[{"role": "user", "content": "w1 w2"}]])
+    assert ids[mask != 0].tolist() == [1, 4, 5]
+    assert pieces.end_tokens() == [2]
+
+
 def damage_bits(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
