@@ -1,4 +1,4 @@
-# The verbs to learn: run test build lint ci ci-full wheel. `make help` lists the others.
+# The verbs to learn: run test build lint bench gpu ci ci-full wheel. `make help` lists the others.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 # torch comes first and pinned: an unpinned one pulls a newer release with gigabytes of CUDA packages.
 # where PyPI's torch is the CUDA build, the same line gives that
 TORCH ?= torch==2.13.0
+# without their dependencies, which would change what is measured
+PEERS ?= liger-kernel==0.8.5 cut-cross-entropy==25.1.1 trl==1.13.0
+OUT ?= build/gpu
 ARGS ?=
 .DEFAULT_GOAL := help
 
@@ -49,8 +52,37 @@ format: env  ## ruff and clang-format, writing
 	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' | xargs $(BIN)/clang-format -i
 
 .PHONY: aot
-aot: build  ## every Triton kernel and .cu file compiled for sm_80, sm_90 and sm_100
-	env -u TRITON_INTERPRET $(BIN)/python -m tests.aot
+aot: build  ## every Triton kernel and .cu file compiled for sm_80, sm_90 and sm_100, and judged
+	env -u TRITON_INTERPRET $(BIN)/python -m bench aot
+
+.PHONY: peers
+peers: build .venv-trl/.ready  ## what the bench compares with, as far as it installs here
+	$(BIN)/python -m pip install -q --no-deps $(PEERS)
+
+# the last TRL with Nash-MD wants its own transformers, and does not name requests
+.venv-trl/.ready:
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install -q --upgrade pip
+	.venv-trl/bin/python -m pip install -q $(TORCH) numpy
+	.venv-trl/bin/python -m pip install -q trl==1.13.0 transformers==5.17.0 requests peft
+	touch $@
+
+.PHONY: bench
+bench: peers  ## every figure of docs/benchmarks.md for this machine, measured and written there
+	$(BIN)/python -m bench --save
+	$(BIN)/python -m bench step --save
+	$(BIN)/python -m bench step --efficiency --save
+	$(BIN)/python -m bench scaling --save
+	env -u TRITON_INTERPRET $(BIN)/python -m bench aot --save
+	$(BIN)/python -m bench report
+
+.PHONY: bench-quick
+bench-quick: build  ## the bench at a few small shapes, nothing written
+	for part in "" step scaling; do $(BIN)/python -m bench $$part --quick || exit 1; done
+
+.PHONY: gpu
+gpu:  ## build, check and measure on a CUDA machine with what is installed there
+	$(PYTHON) -m bench gpu --out $(OUT) $(ARGS)
 
 .PHONY: wheel
 wheel: env  ## a wheel in dist/
@@ -71,4 +103,4 @@ ci-full: ci run  ## ci and the main job
 
 .PHONY: clean
 clean:  ## everything that is built, and the environment
-	rm -rf $(VENV) build dist *.egg-info nlhf_kernels/*.so
+	rm -rf $(VENV) .venv-trl build dist *.egg-info nlhf_kernels/*.so

@@ -3,6 +3,7 @@
 Legend: P prompts of width L, R rows (responses), T tokens, V vocabulary.
 """
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import nlhf_kernels as nk
+from nlhf import caches
 from nlhf import policy as policies
 from nlhf.decoding import Batch, Decoder, all_rows
+from nlhf.graphs import Graphs, fingerprint
 
 
 @dataclass(frozen=True)
@@ -132,12 +135,13 @@ def generate(
     seed: int | Tensor,
     with_ref: bool = True,
     check: bool = False,
+    cuda_graphs: bool | Graphs = False,
 ) -> list[Completion]:
     """Responses of each side to each prompt, one token at a time from the geometric mixture.
 
     One forward pass of each model and one ``nk.mixture_sample`` a token, whatever the number of
     sides. Each model has a cache of its own, also where two share their weights. A row that has
-    ended costs little: the batch is made smaller as rows end.
+    ended costs little: the batch is made smaller as rows end (not with ``cuda_graphs``).
 
     Args:
         sides: what to draw; sides of the same model are decoded together.
@@ -153,6 +157,9 @@ def generate(
         with_ref: False leaves the reference out (plain sampling, no ``ref_logprobs``), for which
             every coefficient must be 0.
         check: look at every parameter of each draw (``nk.mixture_sample``; a host sync a token).
+        cuda_graphs: record the step of a token as a CUDA graph and play it back, for models with
+            full attention through sdpa in every layer. True records anew in every call; a
+            ``Graphs`` that is given to call after call records once, and keeps its buffers.
 
     Returns:
         One Completion a side, T the same for all; sample k of prompt p at row p * n_samples + k.
@@ -160,17 +167,19 @@ def generate(
         adapters are as before.
 
     Raises:
-        ValueError: bad input; or a model returned NaN, +inf or no finite logit for a row that is
+        ValueError: bad input; ``cuda_graphs`` off CUDA, with ``check``, or for a model that cannot
+            be recorded; or a model returned NaN, +inf or no finite logit for a row that is
             named with its prompt and token (at any time, also without ``check``).
     """
     _check_sides(sides, with_ref)
     attention_mask = _check_prompts(input_ids, attention_mask, max_new_tokens)
     models = list({id(side.model): side.model for side in sides}.values())
-    decoders = [Decoder(model) for model in models]
+    readers = [(model, contextlib.nullcontext()) for model in models]
     if with_ref:
         peft = [model for model in models if policies.has_adapters(model)]
-        decoders.append(Decoder(*policies.reference((peft or models)[0], ref)))
-    _check_fit([decoder.model for decoder in decoders], input_ids, attention_mask, max_new_tokens)
+        readers.append(policies.reference((peft or models)[0], ref))
+    _check_fit([model for model, _ in readers], input_ids, attention_mask, max_new_tokens)
+    graphs = _check_graphs(cuda_graphs, readers, input_ids.device, check)
     eos = torch.tensor(policies.end_tokens(models[0], eos_token_id), device=input_ids.device)
     pad = policies.pad_token(models[0], pad_token_id)
 
@@ -178,43 +187,33 @@ def generate(
     ordered = [(s, side) for model in models for s, side in enumerate(sides) if side.model is model]
     counts = {s: len(input_ids) * side.n_samples for s, side in ordered}
     sizes = [sum(counts[s] for s, side in ordered if side.model is model) for model in models]
-    rows = all_rows(ordered, len(input_ids), _prompt_seeds(seed, input_ids))
-    batch = Batch(decoders, sizes, rows, input_ids, attention_mask, max_new_tokens)
+    rows = all_rows(ordered, attention_mask.sum(-1), _prompt_seeds(seed, input_ids))
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    sampling["check"] = check
+    # the last token is never read
+    length = input_ids.shape[1] + max_new_tokens - 1
+    if graphs:
+        length = -(-length // graphs.bucket) * graphs.bucket
 
-    shape = (sum(sizes), max_new_tokens)
-    tokens = input_ids.new_full(shape, pad)
-    mask = torch.zeros(shape, dtype=torch.bool, device=input_ids.device)
-    columns = []
-    with policies.evaluating(*(decoder.model for decoder in decoders)):
-        for position in range(max_new_tokens):
-            policy_logits, ref_logits = batch.logits()
-            draw = nk.mixture_sample(
-                policy_logits,
-                ref_logits,
-                mixture_coef=batch.rows.coef if with_ref else None,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                seed=batch.rows.seed,
-                position=position,
-                check=check,
-            )
-            place, alive = batch.rows.place, batch.alive
-            drawn = torch.where(alive, draw.tokens, pad)
-            tokens[place, position], mask[place, position] = drawn, alive
-            kinds = torch.stack([x for x in draw[1:] if len(x) == len(place)])
-            column = kinds.new_zeros(len(kinds), shape[0])
-            column[:, place] = torch.where(alive, kinds, 0)
-            columns.append(column)
-            if not batch.take(drawn, eos):
-                break
+    def new_batch() -> Batch:
+        decoders = [Decoder(*reader, length, bool(graphs)) for reader in readers]
+        return Batch(decoders, sizes, max_new_tokens, length, eos, pad, sampling, graphs)
+
+    if graphs:
+        # all that a recording has baked in; the models themselves, so that none of them dies
+        kinds = [(model, type(context), *fingerprint(model)) for model, context in readers]
+        key = (kinds, sizes, max_new_tokens, length, eos.tolist(), pad, sampling, eos.device)
+        batch = graphs.prepare(key, new_batch)
+    else:
+        batch = new_batch()
+    models = [model for model, _ in readers]
+    with policies.evaluating(*models), caches.grouped(models):
+        tokens, mask, stats = batch.run(rows, input_ids, attention_mask)
 
     names = ["policy_logprobs", "ref_logprobs", "sampling_logprobs", "log_kept_mass"]
     if not with_ref:
         names.remove("ref_logprobs")
-    logprobs = dict(zip(names, torch.stack(columns, -1), strict=True))
-    answers = Completion(tokens[:, : len(columns)], mask[:, : len(columns)], **logprobs)
+    answers = Completion(tokens, mask, **dict(zip(names, stats, strict=True)))
     starts = dict(zip(counts, itertools.accumulate(counts.values(), initial=0), strict=False))
     return [answers.rows(slice(starts[s], starts[s] + counts[s])) for s in range(len(sides))]
 
@@ -279,6 +278,32 @@ def _check_prompts(input_ids: Tensor, attention_mask: Tensor, max_new_tokens: in
             "its mask; tokenize with padding_side='left'"
         )
     return mask
+
+
+def _check_graphs(
+    cuda_graphs: bool | Graphs, readers: list, device: torch.device, check: bool
+) -> Graphs | None:
+    if not cuda_graphs:
+        return None
+    graphs = cuda_graphs if isinstance(cuda_graphs, Graphs) else Graphs()
+    if device.type != graphs.device:
+        raise ValueError(
+            f"generate: cuda_graphs needs models and prompts on CUDA, got them on {device}"
+        )
+    if check:
+        raise ValueError(
+            "generate: check=True looks at the values of each draw, which a graph cannot; leave "
+            "cuda_graphs off in this call"
+        )
+    for model, _ in readers:
+        if not caches.groups(model):
+            kind = model.config.get_text_config()
+            raise ValueError(
+                "generate: cuda_graphs needs full attention in every layer and "
+                f"attn_implementation='sdpa', got a {kind.model_type} model with "
+                f"{kind._attn_implementation!r}; leave cuda_graphs off"
+            )
+    return graphs
 
 
 def _check_fit(

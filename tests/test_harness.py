@@ -1,16 +1,25 @@
 """The harness is tested too: every planted bug is rejected, and what has none is accepted."""
 
+import itertools
+
 import pytest
 import torch
 from torch.testing._internal.optests import OpCheckError
 
 from nlhf_kernels import eager
 from nlhf_kernels.testing import OPS, Case, check, traffic
-from nlhf_kernels.testing.check import TOLERANCE, Snapshot, compare, poisoned_memory
+from nlhf_kernels.testing.check import (
+    TOLERANCE,
+    Snapshot,
+    compare,
+    oracle,
+    poisoned_memory,
+)
 from tests import wrong_kernels
 from tests.wrong_kernels import Kernels
 
 PLANTED = [(op, bug) for op, bugs in wrong_kernels.BUGS.items() for bug in bugs]
+LOSSES = [case for op in OPS if op != "mixture_sample" for case in OPS[op].tests]
 
 
 def rejections(op: str, backend: str):
@@ -129,6 +138,21 @@ def test_a_snapshot_sees_the_memory_around_a_view():
         before.require_unchanged(but=view)
 
 
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def test_an_oracle_in_parts_is_the_whole(loss):
+    """One sequence at a time, where the whole does not fit."""
+    args, kwargs = loss.inputs()
+    kwargs.pop("inplace_backward", None)
+    whole, parts = oracle(loss.op, args, kwargs), oracle(loss.op, args, kwargs, at_once=1)
+    assert len(whole.gradients) == 1
+    assert len(parts.gradients) == (1 if "cu_seqlens" in kwargs else max(1, len(args[0])))
+    assert parts.live == whole.live
+    for x, y in zip(whole.outputs, parts.outputs, strict=True):
+        compare("an output", y, x, x.dtype)
+    one, other = (torch.cat([x for _, x in result.gradients]) for result in (whole, parts))
+    compare("the gradient", other, one, torch.float64)
+
+
 # ---- cases
 
 
@@ -144,8 +168,9 @@ def test_inputs_are_seeded(case):
 
 
 def test_names_of_cases_are_unique(op):
-    names = [case.why for case in (*OPS[op].tests, *OPS[op].bench)]
-    assert len(set(names)) == len(names)
+    for cases in (OPS[op].tests, *OPS[op].bench.values()):
+        names = [case.why for case in cases]
+        assert len(set(names)) == len(names)
 
 
 def test_the_far_tail_is_far():
@@ -158,7 +183,7 @@ def test_the_far_tail_is_far():
 
 
 def test_traffic_of_bench_cases(op):
-    for case in OPS[op].bench:
+    for case in itertools.chain(*OPS[op].bench.values()):
         assert isinstance(case, Case)
         size = torch.Size(case.shape).numel()
         moved, flops = traffic(case)

@@ -18,8 +18,10 @@ FILES = [ROOT / name for name in subprocess.run(
 ).stdout.splitlines()]  # fmt: skip
 PYTHON = [f for f in FILES if f.suffix == ".py" and f.exists()]
 PACKAGES = [f for f in PYTHON if f.relative_to(ROOT).parts[0] in ("nlhf", "nlhf_kernels")]
+BENCH = [f for f in PYTHON if f.relative_to(ROOT).parts[0] == "bench"]
 
 PUBLIC = "nlhf_kernels"
+MEASURED = rf"{PUBLIC}(\.testing(\..*)?)?|nlhf(\..*)?|bench(\..*)?"
 # who may import whom, inside the repository: the first pattern that matches a module decides
 LAYERS = [
     (r"nlhf_kernels\.(eager|registry)", r""),
@@ -31,6 +33,9 @@ LAYERS = [
     (r"nlhf_kernels\.ops", r""),
     (r"nlhf_kernels\.testing.*", r"nlhf_kernels(\.(eager|registry|testing(\..*)?))?"),
     (r"nlhf_kernels(\.__main__)?", r"nlhf_kernels(\.(eager|registry|ops\..*))?"),
+    # kernels are compiled ahead of time one by one, below any public name
+    (r"bench\.(aot|kernels)", rf"{MEASURED}|nlhf_kernels\.backends\.triton(\..*)?"),
+    (r"bench(\..*)?", MEASURED),
 ]
 # nlhf, from the bottom: a module may import those of the lines above its own
 LOOP = [
@@ -38,6 +43,7 @@ LOOP = [
     ["preference"],
     ["preference_fit"],
     ["policy"],
+    ["caches", "graphs"],
     ["decoding"],
     ["rollout"],
     ["losses"],
@@ -78,7 +84,7 @@ def allowed(module: str) -> str:
     return next(pattern for name, pattern in LAYERS if re.fullmatch(name, module))
 
 
-@pytest.mark.parametrize("path", PACKAGES, ids=module_of)
+@pytest.mark.parametrize("path", [*PACKAGES, *BENCH], ids=module_of)
 def test_layers(path):
     module = module_of(path)
     wrong = {name for name in imports(path) if not re.fullmatch(allowed(module), name)}
@@ -89,7 +95,7 @@ def test_nothing_imports_tests_and_examples_import_public_names():
     for path in PYTHON:
         top = path.relative_to(ROOT).parts[0]
         used = imports(path)
-        if top not in ("tests", "bench"):
+        if top != "tests":
             assert not {n for n in used if n.split(".")[0] == "tests"}, path
         if top == "examples":
             assert not {n for n in used if n.startswith("nlhf_kernels.")}, path
@@ -135,7 +141,7 @@ def test_an_op_stands_everywhere(op):
     assert f"## {op}\n" in (ROOT / "docs" / "math.md").read_text(encoding="utf-8")
     assert f"| `{op}` |" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert cases.OPS[op].tests
-    assert cases.OPS[op].bench
+    assert all(cases.OPS[op].bench[device] for device in registry.ORDER)
 
 
 def test_signatures_are_those_of_eager():

@@ -65,8 +65,28 @@ def agree(answers, sides, ref, ids, mask, seed, count, tolerance=1e-10, **sampli
                 assert (got[n:] == 0).all()
 
 
+def qwen2(seed):
+    """Biases in attention, one key-value head, and windows that are off."""
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+    }
+    return tiny._build("Qwen2", seed, torch.float64, **sizes)
+
+
+def eager_llama(seed):
+    """Buffers, and the attention that the model was given."""
+    return tiny.llama(seed, torch.float32, attn_implementation="eager")
+
+
 @pytest.mark.parametrize("shared", [True, False], ids=["lora", "two models"])
-@pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2, tiny.mistral, tiny.gemma2])
+@pytest.mark.parametrize(
+    "build", [tiny.llama, tiny.gpt2, qwen2, eager_llama, tiny.mistral, tiny.gemma2]
+)
 def test_cached_equals_uncached(build, shared):
     model = tiny.with_lora(build(0)) if shared else build(0)
     ref = None if shared else build(1)

@@ -14,6 +14,14 @@ from nlhf_kernels import eager
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 GARBAGE = 2**62
+VOCABULARY = {
+    "llama2-7b": 32_000,
+    "smollm2-135m": 49_152,
+    "llama3-8b": 128_256,
+    "qwen2.5-1.5b": 151_936,
+    "qwen2.5-7b": 152_064,
+    "gemma2-9b": 256_000,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +35,15 @@ class Case:
     dtype: torch.dtype = F32
     options: dict = dataclasses.field(default_factory=dict)
 
-    def inputs(self, seed: int = 0, device: str = "cpu") -> tuple[tuple, dict]:
-        """Positional and keyword arguments of the public op; equal for equal seeds."""
-        generator = torch.Generator().manual_seed(seed)
+    def inputs(
+        self, seed: int = 0, device: str = "cpu", generate_on: str = "cpu"
+    ) -> tuple[tuple, dict]:
+        """Positional and keyword arguments of the public op; equal for equal seeds.
+
+        ``generate_on`` names the device whose generator makes the values: those of the CPU are the
+        same everywhere, gigabytes come sooner from the one that they are for.
+        """
+        generator = torch.Generator(generate_on).manual_seed(seed)
         return OPS[self.op].build(generator, device, self, **self.options)
 
     @property
@@ -46,7 +60,8 @@ class Op:
     build: Callable
     # the first is the ordinary one, for tests that need just one
     tests: tuple[Case, ...]
-    bench: tuple[Case, ...]
+    # by type of device; the first is the one that says most about an op if there is time for one
+    bench: dict[str, tuple[Case, ...]]
 
 
 # ---- layouts
@@ -71,9 +86,13 @@ def lay_out(x: Tensor, layout: str, device: str) -> Tensor:
     return view
 
 
+def _normal(generator, shape) -> Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device, dtype=F64)
+
+
 def _logits(generator, shape, dtype, scale=3.0) -> Tensor:
     """Random, with rows where the first, the last or no class stands out."""
-    x = scale * torch.randn(shape, generator=generator, dtype=F64)
+    x = scale * _normal(generator, shape)
     rows = x.view(-1, shape[-1])
     rows[1::4, 0] += 4 * scale
     rows[2::4, -1] += 4 * scale
@@ -82,7 +101,7 @@ def _logits(generator, shape, dtype, scale=3.0) -> Tensor:
 
 def _tokens(generator, batch, V) -> Tensor:
     """Random ids, the first and the last class among them."""
-    tokens = torch.randint(V, batch, generator=generator)
+    tokens = torch.randint(V, batch, generator=generator, device=generator.device)
     flat = tokens.view(-1)
     flat[::3], flat[1::4] = V - 1, 0
     return tokens
@@ -90,7 +109,7 @@ def _tokens(generator, batch, V) -> Tensor:
 
 def _with_infinities(generator, x: Tensor) -> Tensor:
     """-inf in places, in a whole tile of the first row too, never in a whole row."""
-    out = torch.rand(x.shape, generator=generator) < 0.3
+    out = torch.rand(x.shape, generator=generator, device=generator.device) < 0.3
     out[0, :1024] = True
     out[:, -1] = False
     return x.masked_fill(out, -math.inf)
@@ -135,7 +154,9 @@ def _sample_inputs(
     if rows:
         coef = torch.linspace(0, 1, B, dtype=F32)
         temperature = torch.tensor([0, 0.3, 0.7, 1, 1.5], dtype=F32).repeat(B)[:B]
-        seed = torch.randint(-(2**63), 2**63 - 1, (B,), generator=generator)
+        seed = torch.randint(
+            -(2**63), 2**63 - 1, (B,), generator=generator, device=generator.device
+        )
         position = torch.arange(B) * 2**30
     tensors = {"mixture_coef": coef, "temperature": temperature, "seed": seed, "position": position}
     tensors |= filters or {}
@@ -227,13 +248,33 @@ _SAMPLE_TESTS = (
         },
     ),
 )
-_SAMPLE_BENCH = (
-    _sample("smollm2-135m decode", (32, 49_152), BF16, ref_dtype=BF16),
-    _sample("llama3-8b decode", (64, 128_256), BF16, ref_dtype=BF16),
-    _sample("qwen2.5-7b decode, one row", (1, 152_064), BF16, ref_dtype=BF16),
-    _sample("qwen2.5-7b decode", (64, 152_064), BF16, ref_dtype=BF16),
-    _sample("gemma2-9b decode", (64, 256_000), BF16, ref_dtype=BF16),
-)
+
+
+def _decode(model, B, dtype=F32) -> Case:
+    why = f"{model}, B={B}" + (", bfloat16" if dtype == BF16 else "")
+    return _sample(why, (B, VOCABULARY[model]), dtype, ref_dtype=dtype)
+
+
+# on a CPU every vocabulary once and every batch size once: a peer that is compiled for a shape
+# takes longer to compile than to measure
+_SAMPLE_BENCH = {
+    "cpu": (
+        _decode("qwen2.5-1.5b", 16),
+        _decode("qwen2.5-1.5b", 1),
+        _decode("qwen2.5-1.5b", 64),
+        _decode("qwen2.5-1.5b", 16, BF16),
+        _decode("llama2-7b", 16),
+        _decode("smollm2-135m", 16),
+        _decode("llama3-8b", 16),
+        _decode("gemma2-9b", 16),
+        _decode("gemma2-9b", 64),
+    ),
+    "cuda": tuple(
+        _decode(model, B, BF16)
+        for B in (64, 1, 512)
+        for model in ("qwen2.5-7b", "smollm2-135m", "llama3-8b", "gemma2-9b")
+    ),
+}
 
 
 # ---- token_logprobs
@@ -282,13 +323,19 @@ _LOGPROBS_TESTS = (
 )
 
 
-def _loss_bench(op, make):
-    return (
-        make("smollm2-135m step, 16 x 128 tokens", (16, 128, 49_152), BF16, **op),
-        make("llama3-8b, 8 x 512", (8, 512, 128_256), BF16, **op),
-        make("qwen2.5-7b, 8 x 512", (8, 512, 152_064), BF16, **op),
-        make("gemma2-9b, 4 x 512", (4, 512, 256_000), BF16, softcap=30.0, **op),
-    )
+def _loss_bench(make, **options) -> dict[str, tuple[Case, ...]]:
+    def step(model, B, T, dtype, **more):
+        return make(f"{model}, {B} x {T}", (B, T, VOCABULARY[model]), dtype, **options, **more)
+
+    return {
+        "cpu": (step("qwen2.5-1.5b", 4, 24, F32), step("smollm2-135m", 16, 128, F32)),
+        "cuda": (
+            step("qwen2.5-7b", 8, 512, BF16),
+            step("smollm2-135m", 16, 128, BF16),
+            step("llama3-8b", 8, 512, BF16),
+            step("gemma2-9b", 4, 512, BF16, softcap=30.0),
+        ),
+    }
 
 
 # ---- pairwise_pg_loss
@@ -312,7 +359,7 @@ def _pg_inputs(
     """(B, T, V) padded, or with ``packed`` the same sequences without their padding."""
     B, T, V = case.shape
     lengths = torch.arange(T, T - B, -1).clamp(min=0) if masked == "some" else torch.full((B,), T)
-    real = torch.arange(T) < lengths[:, None]
+    real = (torch.arange(T) < lengths[:, None]).to(generator.device)
     if masked == "some":
         # a prompt, or a tool's answer, in between
         real[:1, 1:2] = False
@@ -321,12 +368,12 @@ def _pg_inputs(
     logits = _logits(generator, case.shape, F64) + shift
     tokens = _tokens(generator, (B, T), V)
     # an untrained copy is near the reference: small log-ratios of both signs
-    ref_logits = logits + 0.5 * torch.randn(case.shape, generator=generator, dtype=F64)
+    ref_logits = logits + 0.5 * _normal(generator, case.shape)
     rows = logits / kwargs.get("temperature", 1.0)
     logprobs = rows.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-    ref_logprobs = logprobs + torch.randn((B, T), generator=generator, dtype=F64)
+    ref_logprobs = logprobs + _normal(generator, (B, T))
     supplied_logprobs = logprobs + 0.1
-    preference = torch.rand(B, generator=generator, dtype=F64).to(preference_dtype)
+    preference = torch.rand(B, generator=generator, device=generator.device, dtype=F64)
 
     # whatever is under the mask must not be looked at
     logits[~real], ref_logits[~real] = math.nan, math.nan
@@ -352,7 +399,7 @@ def _pg_inputs(
         lay_out(logits.to(case.dtype), layout, device),
         tokens.to(device),
         real.to(mask_dtype).to(device),
-        preference.to(device),
+        preference.to(device, preference_dtype),
     )
     return args, {"tau": tau, **kwargs}
 
@@ -397,8 +444,8 @@ _PG_TESTS = (
 
 OPS = {
     "mixture_sample": Op(_sample_inputs, _SAMPLE_TESTS, _SAMPLE_BENCH),
-    "token_logprobs": Op(_logprobs_inputs, _LOGPROBS_TESTS, _loss_bench({}, _logprobs)),
-    "pairwise_pg_loss": Op(_pg_inputs, _PG_TESTS, _loss_bench({"masked": "none"}, _pg)),
+    "token_logprobs": Op(_logprobs_inputs, _LOGPROBS_TESTS, _loss_bench(_logprobs)),
+    "pairwise_pg_loss": Op(_pg_inputs, _PG_TESTS, _loss_bench(_pg, masked="none")),
 }
 
 

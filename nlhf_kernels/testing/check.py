@@ -6,12 +6,14 @@ under test runs with every allocation filled with NaN, so that nothing unwritten
 
 import contextlib
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import nlhf_kernels as nk
-from nlhf_kernels import eager
+from nlhf_kernels import eager, registry
 from nlhf_kernels.testing.cases import Case
 
 # by dtype of the output, whatever the inputs: (rtol, atol). Logits and their statistics are of
@@ -25,13 +27,28 @@ TOLERANCE = {
 FIELDS = ("policy_logprobs", "ref_logprobs", "sampling_logprobs", "log_kept_mass")
 
 
-def check(case: Case, backend: str, *, seed: int = 0, device: str = "cpu") -> None:
-    """Raise ``AssertionError``, and say what differs, unless the backend is right on this case."""
-    args, kwargs = case.inputs(seed, device)
+def check(
+    case: Case, backend: str, *, seed: int = 0, device: str = "cpu", generate_on: str = "cpu"
+) -> None:
+    """Raise ``AssertionError``, and say what differs, unless the backend is right on this case.
+
+    ``generate_on`` as in ``Case.inputs``.
+    """
+    args, kwargs = case.inputs(seed, device, generate_on)
     if case.op == "mixture_sample":
         _check_sample(args, kwargs, backend)
     else:
         _check_differentiable(case.op, args, kwargs, backend)
+
+
+def backends(device: str) -> tuple[str, ...]:
+    """The backends that are meant for a type of device, eager first."""
+    return tuple(reversed(registry.ORDER[device]))
+
+
+def unavailable(case: Case, backend: str, device: str) -> str:
+    """Why a backend cannot run a case; "" if it can."""
+    return registry.reason(case.op, backend, device, case.features)
 
 
 @contextlib.contextmanager
@@ -111,32 +128,97 @@ def grad_outputs(outputs: list[Tensor], seed: int = 7) -> list[Tensor]:
 # ---- differentiable ops
 
 
+class Oracle(NamedTuple):
+    """``eager`` in float64 on the same rounded inputs."""
+
+    outputs: tuple
+    # which outputs are differentiated, and what their gradients are multiplied by
+    live: list[bool]
+    grads: list[Tensor]
+    # of the logits, by pieces: (which rows, gradient)
+    gradients: list[tuple[slice, Tensor]]
+
+
+def oracle(op: str, args: tuple, kwargs: dict, at_once: int = 2**25) -> Oracle:
+    """Whole sequences, of at most ``at_once`` logits together: 0.3 GB each time they are copied.
+
+    They know of each other only in the mean of a loss, so that parts add up to the whole.
+    """
+    results, gradients, shares, grads = [], [], [], []
+    statistics = eager.statistics_dtype(args[0])
+    for some, share, part_args, part_kwargs in _sequences(args, kwargs, at_once):
+        logits = part_args[0].detach().to(torch.float64, copy=True).requires_grad_()
+        wide_args, wide_kwargs = widened(part_args[1:], part_kwargs)
+        result = getattr(eager, op)(logits, *wide_args, **wide_kwargs)
+        outputs = [x for x in result if x.requires_grad]
+        if not grads:
+            # a result is a number for all, or one for each token
+            likes = [torch.empty(args[1].shape if x.dim() else ()) for x in outputs]
+            grads = [g.to(statistics).to(logits.device) for g in grad_outputs(likes)]
+        weights = [g.double()[some] if g.dim() else share * g.double() for g in grads]
+        gradients.append((some, torch.autograd.grad(outputs, logits, weights)[0]))
+        shares.append(share)
+        results.append(result)
+    live = [x.requires_grad for x in results[0]]
+
+    def whole(pieces: tuple) -> Tensor:
+        pieces = [x.detach() for x in pieces]
+        if pieces[0].dim():
+            return torch.cat(pieces)
+        return sum(share * x for share, x in zip(shares, pieces, strict=True))
+
+    columns = map(whole, zip(*results, strict=True))
+    return Oracle(type(results[0])(*columns), live, grads, gradients)
+
+
+def _sequences(args: tuple, kwargs: dict, at_once: int) -> Iterator[tuple]:
+    """(which, their share of the mean, args, kwargs): all at once if they are few, or packed."""
+    B = len(args[0])
+    size = B
+    if B and "cu_seqlens" not in kwargs:
+        size = max(1, at_once // max(1, args[0][0].numel()))
+    if size >= B:
+        yield slice(None), 1.0, args, kwargs
+        return
+    for start in range(0, B, size):
+        some = slice(start, min(start + size, B))
+
+        def cut(x, some=some):
+            return x[some] if isinstance(x, Tensor) and x.dim() else x
+
+        share = (some.stop - start) / B
+        yield some, share, tuple(map(cut, args)), {name: cut(x) for name, x in kwargs.items()}
+
+
 def _check_differentiable(op: str, args: tuple, kwargs: dict, backend: str) -> None:
     inplace = kwargs.pop("inplace_backward", False)
-    logits = args[0].requires_grad_()
-    wide_args, wide_kwargs = widened(args, kwargs)
-    wide_logits = wide_args[0].detach().clone().requires_grad_()
-    oracle = getattr(eager, op)(wide_logits, *wide_args[1:], **wide_kwargs)
+    logits, tokens = args[0].requires_grad_(), args[1]
     statistics = eager.statistics_dtype(logits)
 
     before = Snapshot(args, kwargs)
     with poisoned_memory():
         outputs = getattr(nk, op)(*args, **kwargs, inplace_backward=inplace, backend=backend)
     before.require_unchanged()
-    assert type(outputs) is type(oracle), f"{op} returns {type(outputs)}, not {type(oracle)}"
-    for name, got, want in zip(oracle._fields, outputs, oracle, strict=True):
-        compare(name, got, want, statistics)
-        assert got.requires_grad == want.requires_grad, f"{name}.requires_grad is wrong"
+    own = {}
+    if op == "pairwise_pg_loss":
+        # an error in the last digit of every log-probability grows with the square of T in the
+        # loss: its own, which must be right for themselves, are what the rest is judged by
+        own["policy_logprobs"] = outputs.logprobs.detach()
+        assert outputs.logprobs.shape == tokens.shape, f"logprobs are {outputs.logprobs.shape}"
+    # before a backward in place, which leaves no logits to judge by
+    want = oracle(op, args, own | kwargs)
+    assert type(outputs) is type(want.outputs), f"{op} returns {type(outputs)}"
+    for name, got, x, live in zip(outputs._fields, outputs, want.outputs, want.live, strict=True):
+        compare(name, got, x, statistics)
+        assert got.requires_grad == live, f"{name}.requires_grad is wrong"
 
-    live = [(x, y) for x, y in zip(outputs, oracle, strict=True) if y.requires_grad]
-    outputs, wanted = ([pair[i] for pair in live] for i in (0, 1))
-    grads = [g.to(logits.device).to(statistics) for g in grad_outputs(wanted)]
-    (want,) = torch.autograd.grad(wanted, wide_logits, [g.to(torch.float64) for g in grads])
     with poisoned_memory():
-        (got,) = torch.autograd.grad(outputs, logits, grads)
-    compare("the gradient", got, want, logits.dtype)
-    if inplace:
-        compare("the gradient in place of the logits", logits, want, logits.dtype)
+        outputs = [x for x in outputs if x.requires_grad]
+        (got,) = torch.autograd.grad(outputs, logits, want.grads)
+    for some, gradient in want.gradients:
+        compare("the gradient", got[some], gradient, logits.dtype)
+        if inplace:
+            compare("the gradient in place of the logits", logits[some], gradient, logits.dtype)
     before.require_unchanged(but=logits if inplace else None)
 
 
@@ -207,43 +289,57 @@ class Draw:
     def _tempered(self, x: Tensor) -> Tensor:
         return (x - x.amax(1, keepdim=True)) / self.divisor
 
-    def _noise(self, b: int, tile: int, stage: int) -> Tensor:
-        """Noise of tile ``tile`` (stage 1) or of its lanes (stage 2)."""
-        device = self.kept.device
-        blocks = torch.arange(eager.TILE // 4 if stage == 2 else 1, device=device)
-        low, high = int(self.seeds[b]) & 0xFFFFFFFF, (int(self.seeds[b]) >> 32) & 0xFFFFFFFF
-        place = int(self.position[b]) & 0xFFFFFFFF
-        words = torch.stack(eager.philox((place, tile, stage, blocks), (low, high)), -1).flatten()
+    def _noise(self, tile: Tensor, stage: int, block: Tensor | int) -> Tensor:
+        """The words of each row (B, tiles or blocks, 4) as noise."""
+        low, high = (((self.seeds >> bits) & 0xFFFFFFFF)[:, None] for bits in (0, 32))
+        place = (self.position & 0xFFFFFFFF)[:, None]
+        words = torch.stack(eager.philox((place, tile, stage, block), (low, high)), -1)
         return eager.gumbel(words, self.dtype).double()
 
     def require_winners(self, tokens: Tensor) -> None:
         """Each token won both races, or lost by no more than rounding explains."""
-        for b in range(len(tokens)):
-            if self.bad[b]:
-                continue
-            token, tie = int(tokens[b]), float(self.tie[b])
-            name = f"row {b}: token {token}"
-            assert 0 <= token < self.kept.shape[1], f"{name} is outside the vocabulary"
-            assert self.kept[b, token] > -torch.inf, f"{name} has probability 0"
-            if self.greedy[b]:
-                behind = self.mixture[b].max() - self.mixture[b, token]
-                assert behind <= tie, f"{name} is {behind:.3g} below the maximum"
-                before = self.mixture[b, :token] == self.mixture[b, token]
-                assert not before.any(), f"{name} is not the first of its tie"
-                continue
-            tiles = self.kept[b].split(eager.TILE)
-            levels = torch.stack([x.logsumexp(0) for x in tiles])
-            noise = [self._noise(b, j, 1)[0] for j in range(len(tiles))]
-            winner = token // eager.TILE
-            self._require(name, "tile", levels + torch.stack(noise), winner, tie)
-            ids = tiles[winner]
-            scores = ids + self._noise(b, winner, 2)[: len(ids)]
-            self._require(name, "token", scores, token % eager.TILE, tie)
+        V = self.kept.shape[1]
+        outside = (tokens < 0) | (tokens >= V)
+        self._require_none(outside, tokens, "is outside the vocabulary")
+        at = tokens.clamp(0, V - 1)[:, None]
+        possible = self.kept.gather(1, at)[:, 0] > -torch.inf
+        self._require_none(~possible, tokens, "has probability 0")
 
-    @staticmethod
-    def _require(name: str, stage: str, scores: Tensor, drawn: int, tie: float) -> None:
-        behind = float(scores.max() - scores[drawn])
-        assert behind <= tie, f"{name} lost the race of its {stage} by {behind:.3g}, tie {tie:.1g}"
+        first = self.mixture.gather(1, at)
+        behind = self.mixture.amax(1) - first[:, 0]
+        self._require_close(behind, tokens, self.greedy, "is below the maximum")
+        ids = torch.arange(V, device=tokens.device)
+        second = ((self.mixture == first) & (ids < at)).any(1)
+        self._require_none(second & self.greedy, tokens, "is not the first of its tie")
+
+        tiles = self.kept.split(eager.TILE, 1)
+        levels = torch.stack([x.logsumexp(1) for x in tiles], 1)
+        noise = self._noise(torch.arange(len(tiles), device=tokens.device), 1, 0)[:, :, 0]
+        winner = at // eager.TILE
+        self._require_first(levels + noise, winner, tokens, "tile")
+        blocks = torch.arange(eager.TILE // 4, device=tokens.device)
+        noise = self._noise(winner, 2, blocks).flatten(1)
+        # the last tile may end early
+        ids = winner * eager.TILE + torch.arange(eager.TILE, device=tokens.device)
+        scores = self.kept.gather(1, ids.clamp(max=V - 1)) + noise
+        scores = scores.masked_fill(ids >= V, -torch.inf)
+        self._require_first(scores, at % eager.TILE, tokens, "token")
+
+    def _require_first(self, scores: Tensor, drawn: Tensor, tokens: Tensor, stage: str) -> None:
+        behind = scores.amax(1) - scores.gather(1, drawn)[:, 0]
+        self._require_close(behind, tokens, ~self.greedy, f"lost the race of its {stage}")
+
+    def _require_close(self, behind: Tensor, tokens: Tensor, rows: Tensor, what: str) -> None:
+        """In ``rows``, ``behind`` is within rounding; NaN is not."""
+        self._require_none(~(behind <= self.tie) & rows, tokens, what, behind)
+
+    def _require_none(
+        self, wrong: Tensor, tokens: Tensor, what: str, behind: Tensor | None = None
+    ) -> None:
+        rows = (wrong & ~self.bad).nonzero()[:, 0].tolist()
+        for row in rows[:1]:
+            by = "" if behind is None else f" by {behind[row]:.3g}, tie {self.tie[row]:.1g}"
+            raise AssertionError(f"row {row} ({len(rows)} in all): token {tokens[row]} {what}{by}")
 
     def logprobs(self, tokens: Tensor) -> dict[str, Tensor]:
         """What the op must say of these tokens."""

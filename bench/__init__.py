@@ -1,0 +1,1 @@
+"""One runner: ``python -m bench``. Ops and whole training steps, beside their peers."""

@@ -1,0 +1,48 @@
+"""Peak memory of a piece of code: device memory on a GPU, resident memory of the process on Linux."""
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+_MB = 2**20
+
+
+class Peak:
+    """``with Peak("cpu") as peak: ...`` then ``peak.total_mb``, ``peak.before_mb``, ``peak.extra_mb``.
+
+    None where the platform does not say.
+    """
+
+    def __init__(self, device: str):
+        self._cuda = torch.device(device).type == "cuda"
+        self.before_mb: float | None = None
+        self.total_mb: float | None = None
+
+    def __enter__(self) -> "Peak":
+        if self._cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.before_mb = torch.cuda.memory_allocated() / _MB
+        else:
+            # 5 sets the high-water mark back to what is resident now
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
+                self.before_mb = _status("VmRSS")
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
+            self.total_mb = torch.cuda.max_memory_allocated() / _MB
+        elif self.before_mb is not None:
+            self.total_mb = _status("VmHWM")
+
+    @property
+    def extra_mb(self) -> float | None:
+        return None if self.total_mb is None else self.total_mb - self.before_mb
+
+
+def _status(field: str) -> float:
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if field in x)
+    return int(line.split()[1]) / 1024
