@@ -142,8 +142,14 @@ def select(arguments: argparse.Namespace) -> list[Problem]:
         if not any(shape.startswith(wanted) for shape in known):
             models = ", ".join(dict.fromkeys(shape.split(",")[0] for shape in known))
             raise cli.BadInput(f"python -m bench: --shape knows {models}, got {wanted!r}")
-    starts = tuple(arguments.shape or [""])
-    by_op = [[p for shape, p in problems if shape.startswith(starts)] for problems in by_op]
+
+    def is_wanted(shape: str) -> bool:
+        # the whole name of one is not the beginning of another
+        return not arguments.shape or any(
+            shape == x if x in known else shape.startswith(x) for x in arguments.shape
+        )
+
+    by_op = [[p for shape, p in problems if is_wanted(shape)] for problems in by_op]
     if arguments.quick:
         by_op = [problems[:1] for problems in by_op]
     found = [p for same in itertools.zip_longest(*by_op) for p in same if p is not None]

@@ -69,7 +69,8 @@ def _op(rows: list[Row]) -> list[str] | None:
         return [r for r in ok(rows) if all(r[k] == row[k] for k in same)]
 
     def known(row: Row) -> tuple:
-        sides = {"peer" if r["peer"] else r["variant"] == "eager" for r in field(row)}
+        rivals = [r for r in field(row) if not r["variant"].startswith("yardstick")]
+        sides = {"peer" if r["peer"] else r["variant"] == "eager" for r in rivals}
         return False in sides, len(sides), list(MODES).index(row["mode"]), size(row)
 
     best = max(ok(rows), key=known, default=None)
@@ -79,7 +80,8 @@ def _op(rows: list[Row]) -> list[str] | None:
     ours = fastest(r for r in field if not r["peer"] and r["variant"] != "eager")
     if ours is None:
         return None
-    peer = fastest(r for r in field if r["peer"])
+    # a yardstick solves less than the op: it is in the tables, and no rival
+    peer = fastest(r for r in field if r["peer"] and not r["variant"].startswith("yardstick"))
     cells = [(r, r["ms"][1]) if r else None for r in (ours, find(field, "eager"), peer)]
     texts = _compared([c and c[1] for c in cells], "ms")
     if ours["share"] is not None:

@@ -67,17 +67,18 @@ def interleave(
     About ``seconds`` for each variant in all, but no fewer than 5 rounds; 3 for one whose single
     call takes longer than that. ``warm``: each has been called already.
     """
-    counts, slow, round_seconds = {}, set(), 0.0
+    counts, samples, slow, round_seconds = {}, {}, set(), 0.0
     for name, variant in variants.items():
         if not warm:
             # everything that happens once: compilation, tuning, lazy imports, pages
             _sample(variant, device, 1)
         start = time.perf_counter()
-        once, _ = _sample(variant, device, 1)
+        once, cpu = _sample(variant, device, 1)
+        samples[name] = [(once, cpu)]
         counts[name] = max(1, min(math.ceil(SAMPLE_SECONDS / once), variant.at_once))
         if counts[name] > 1:
             start = time.perf_counter()
-            _sample(variant, device, counts[name])
+            samples[name] = [_sample(variant, device, counts[name])]
         if once > seconds:
             slow.add(name)
         else:
@@ -86,8 +87,8 @@ def interleave(
     wanted = round(seconds * quick / round_seconds) if quick else 0
     rounds = max(LEAST_ROUNDS, min(wanted, MOST_ROUNDS))
 
-    samples = {name: [] for name in variants}
-    for turn in range(rounds):
+    # that was the first round
+    for turn in range(1, rounds):
         for name, variant in variants.items():
             if turn < LEAST_ROUNDS_IF_SLOW or name not in slow:
                 samples[name].append(_sample(variant, device, counts[name]))

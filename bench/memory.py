@@ -1,4 +1,4 @@
-"""Peak memory of a piece of code: device memory on a GPU, resident memory of the process on Linux."""
+"""Peak memory of a piece of code: of the GPU, or on Linux what is resident of the process."""
 
 import contextlib
 from pathlib import Path
@@ -9,7 +9,7 @@ _MB = 2**20
 
 
 class Peak:
-    """``with Peak("cpu") as peak: ...`` then ``peak.total_mb``, ``peak.before_mb``, ``peak.extra_mb``.
+    """``with Peak("cpu") as peak: ...``, then ``peak.total_mb``, ``before_mb``, ``extra_mb``.
 
     None where the platform does not say.
     """

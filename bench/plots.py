@@ -175,9 +175,11 @@ def _draw_ops(panels: list[dict]):
         axis.set_title(f"{panel['title']}; {panel['device']}")
         _tidy(axis, "both")
     axes[-1].set_xlabel("ms, median (log scale); left is faster")
+    # a fourth column of such long names would not fit
     figure.legend(
-        [handles[v] for v in variants], variants, loc="outside upper left", ncols=4, frameon=False
-    )
+        [handles[v] for v in variants], variants, loc="outside upper left", ncols=3,
+        frameon=False, fontsize="small",
+    )  # fmt: skip
     return figure
 
 

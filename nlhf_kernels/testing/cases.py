@@ -71,8 +71,8 @@ def lay_out(x: Tensor, layout: str, device: str) -> Tensor:
     """The same values on ``device`` as a view with last stride 1, NaN around it."""
     *batch, V = x.shape
     if layout == "dense":
-        view = torch.empty(x.shape, dtype=x.dtype, device=device)
-    elif layout == "strided":
+        return x.to(device).contiguous()
+    if layout == "strided":
         # one more row or step, as in logits[:, :-1], and an address that no wide load likes
         bigger = [*batch[:-1], batch[-1] + 1, V + 5]
         base = torch.full(bigger, math.nan, dtype=x.dtype, device=device)
@@ -92,7 +92,7 @@ def _normal(generator, shape) -> Tensor:
 
 def _logits(generator, shape, dtype, scale=3.0) -> Tensor:
     """Random, with rows where the first, the last or no class stands out."""
-    x = scale * _normal(generator, shape)
+    x = _normal(generator, shape).mul_(scale)
     rows = x.view(-1, shape[-1])
     rows[1::4, 0] += 4 * scale
     rows[2::4, -1] += 4 * scale
@@ -284,7 +284,7 @@ def _logprobs_inputs(
     generator, device, case, layout="dense", infinities=False, shift=0.0, scale=3.0, **kwargs
 ):
     *batch, V = case.shape
-    logits = _logits(generator, case.shape, F64, scale) + shift
+    logits = _logits(generator, case.shape, F64, scale).add_(shift)
     if infinities:
         flat = _with_infinities(generator, logits.reshape(-1, V))
         logits = flat.view(logits.shape)
@@ -328,7 +328,7 @@ def _loss_bench(make, **options) -> dict[str, tuple[Case, ...]]:
         return make(f"{model}, {B} x {T}", (B, T, VOCABULARY[model]), dtype, **options, **more)
 
     return {
-        "cpu": (step("qwen2.5-1.5b", 4, 24, F32), step("smollm2-135m", 16, 128, F32)),
+        "cpu": (step("qwen2.5-1.5b", 4, 24, F32), step("smollm2-135m", 8, 64, F32)),
         "cuda": (
             step("qwen2.5-7b", 8, 512, BF16),
             step("smollm2-135m", 16, 128, BF16),
@@ -365,11 +365,12 @@ def _pg_inputs(
         real[:1, 1:2] = False
     elif masked == "middle":
         real[:, 4:-4] = False
-    logits = _logits(generator, case.shape, F64) + shift
+    logits = _logits(generator, case.shape, F64).add_(shift)
     tokens = _tokens(generator, (B, T), V)
     # an untrained copy is near the reference: small log-ratios of both signs
-    ref_logits = logits + 0.5 * _normal(generator, case.shape)
-    rows = logits / kwargs.get("temperature", 1.0)
+    ref_logits = _normal(generator, case.shape).mul_(0.5).add_(logits)
+    temperature = kwargs.get("temperature", 1.0)
+    rows = logits if temperature == 1 else logits / temperature
     logprobs = rows.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
     ref_logprobs = logprobs + _normal(generator, (B, T))
     supplied_logprobs = logprobs + 0.1
