@@ -38,7 +38,7 @@ PARTS = {
 }
 # for a contender and a mode
 SECONDS = {"cpu": 0.6, "cuda": 0.2}
-QUICK_SECONDS = 1.0
+QUICK_SECONDS = 0.5
 
 
 def main(argv: Sequence[str]) -> int:
