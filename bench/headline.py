@@ -84,6 +84,7 @@ def _op(rows: list[Row]) -> list[str] | None:
     peer = fastest(r for r in field if r["peer"] and not r["variant"].startswith("yardstick"))
     cells = [(r, r["ms"][1]) if r else None for r in (ours, find(field, "eager"), peer)]
     texts = _compared([c and c[1] for c in cells], "ms")
+    texts[0] = f"{plain(ours['variant'])} {texts[0]}"
     if ours["share"] is not None:
         texts[0] += f", {percent(ours['share'])} of {ours['limit']}"
     if peer:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bench.memory import Peak
 from bench.phases import settle
+from nlhf_kernels.testing.cases import copied
 
 # of all copies of one call's inputs, and of the buffers of a limit
 CAP_BYTES = 2 * 10**9
@@ -222,14 +223,7 @@ def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
 def _copied(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """The same values and strides in memory of their own."""
 
-    def copy(x):
-        if not isinstance(x, Tensor):
-            return x
-        storage = x.detach().untyped_storage().clone()
-        empty = torch.empty(0, dtype=x.dtype, device=x.device)
-        return empty.set_(storage, x.storage_offset(), x.shape, x.stride())
-
-    return tuple(map(copy, args)), {name: copy(x) for name, x in kwargs.items()}
+    return tuple(map(copied, args)), {name: copied(x) for name, x in kwargs.items()}
 
 
 @functools.cache

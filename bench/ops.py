@@ -72,7 +72,7 @@ def _own(case: Case, backend: str, device: str, inplace: bool = False) -> Conten
         else:
             more = {"inplace_backward": True} if inplace else {}
             gated = dataclasses.replace(case, options=case.options | more)
-            check(gated, backend, device=device, generate_on=device)
+            check(gated, backend, device=device, generate_on=device, by_own_logprobs=True)
 
     return Contender(
         name=f"{backend}, in place" if inplace else backend,

@@ -26,18 +26,24 @@ maximum are in the rows. GB/s are the bytes that a call cannot avoid moving over
 1 GB = 1e9 bytes: a variant that moves them twice gets no credit for it. The fastest correct variant
 is in bold, whoever it is; peers are the implementations of others.
 
-**Limits** were measured in the same run: `read` is a plain sum over memory, `copy` a copy of it,
-`gemm` a matrix product. Percentages are shares of the one that is named; an op that is bound by
-exponentials stays below the limit of the memory.
+**Limits** were measured in the same run: `read` is the faster of two plain reductions over
+memory, `copy` a copy of it, `gemm` a matrix product. Percentages are shares of the one that is
+named; an op that is bound by exponentials stays below the limit of the memory.
+"""
+
+HEADS = """\
+From hidden states and the weights of the head to log-probabilities. Ours is not fused yet: a
+library's matrix product, and `token_logprobs` over the logits.
 """
 
 STEP = """\
-One optimiser step of Nash-MD: `rollout` generates y and y', `scoring` asks the preference and the
-reference, `update` is the rest. `plain loop` is ordinary PyTorch with one key-value cache per
-model; `bare forwards` runs the forward passes of both models for as many tokens and nothing else,
-which is the limit of a rollout; on a GPU so is reading weights and caches once a token. Peak memory
-is of the whole process, or of the device; the state is what was there before the step and is there
-after it: weights, gradients, optimiser.
+One optimiser step of Nash-MD: `rollout` generates y and y', `scoring` asks a small reward model for
+the preference, `update` is the rest; the reference's log-probabilities come from the rollout of
+`nlhf`, and are a forward pass in the update of the others. `plain loop` is ordinary PyTorch with
+one key-value cache per model; `bare forwards` runs the forward passes of both models for as many
+tokens and nothing else, which is the limit of a rollout; on a GPU so is reading weights and caches
+once a token. Peak memory is of the whole process, or of the device; the state is what was there
+before the step and is there after it: weights, gradients, optimiser.
 """
 
 EFFICIENCY = """\
@@ -83,7 +89,7 @@ def _figures(rows: list[Row], plots: list[str]) -> list[str]:
     lines = ["## Machines", "", *by_device(measured, _machine)]
     lines += ["## Ops", "", *plot("ops")]
     lines += _ops([r for r in of("op") if not r["op"].startswith("linear_")])
-    lines += ["## The linear family: ops with the head fused", ""]
+    lines += ["## The linear family: losses from hidden states", "", *HEADS.splitlines(), ""]
     lines += _ops([r for r in of("op") if r["op"].startswith("linear_")])
 
     lines += ["## A whole training step", "", *STEP.splitlines(), "", *plot("step")]

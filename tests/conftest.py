@@ -1,6 +1,7 @@
 """Where tests run: every backend on every device it has here, Triton interpreted without a GPU."""
 
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ class Target(NamedTuple):
         return f"{self.backend}-{self.device}"
 
 
-def _why_not(backend: str) -> str:
+def why_not(backend: str) -> str:
     """Why no op runs on this backend on any device here; empty if all do on one."""
     for device in DEVICES:
         whys = [why for op in registry.OPS if (why := registry.reason(op, backend, device))]
@@ -49,7 +50,7 @@ def targets(compiled_only: bool = False) -> list:
             backend in paths for paths in [{"eager": ""}, *registry._PATHS.values()]
         ):
             continue
-        if why := _why_not(backend):
+        if why := why_not(backend):
             skip = pytest.mark.skip(reason=f"{backend}: {why}")
             found.append(pytest.param(Target(backend, "cpu"), marks=skip, id=backend))
         found += [
@@ -63,7 +64,7 @@ def targets(compiled_only: bool = False) -> list:
 def pytest_configure() -> None:
     torch.set_num_threads(2)
     for backend in filter(None, os.environ.get("NLHF_EXPECT_BACKENDS", "").split(",")):
-        if why := _why_not(backend):
+        if why := why_not(backend):
             raise pytest.UsageError(f"NLHF_EXPECT_BACKENDS names {backend}, but {why}")
 
 
@@ -79,6 +80,15 @@ def pytest_generate_tests(metafunc) -> None:
     if "case" in names:
         cases = [case for op in OPS.values() for case in op.tests]
         metafunc.parametrize("case", cases, ids=str)
+
+
+@pytest.fixture
+def real_pairs() -> Path:
+    """A file of real preference pairs: third-party texts, so no part of the project."""
+    folder = os.environ.get("NLHF_PREFERENCES")
+    if folder is None:
+        pytest.skip("no real preference pairs here: NLHF_PREFERENCES names no folder with them")
+    return Path(folder) / "preferences_dev.jsonl.gz"
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -167,9 +166,8 @@ def test_replace_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-@pytest.mark.skipif("NLHF_PREFERENCES" not in os.environ, reason="NLHF_PREFERENCES is not set")
-def test_real_pairs():
-    pairs = data.read_preferences(Path(os.environ["NLHF_PREFERENCES"]) / "preferences_dev.jsonl.gz")
+def test_real_pairs(real_pairs):
+    pairs = data.read_preferences(real_pairs)
     assert len(pairs) > 900
     assert len(set(pairs.prompt)) == 48
     assert all(0 <= p <= 1 for p in pairs.probability)

@@ -22,12 +22,12 @@ PLANTED = [(op, bug) for op, bugs in wrong_kernels.BUGS.items() for bug in bugs]
 LOSSES = [case for op in OPS if op != "mixture_sample" for case in OPS[op].tests]
 
 
-def rejections(op: str, backend: str):
+def rejections(op: str, backend: str, **how):
     """(case, what ``check`` said) for the cases that it rejects."""
     for case in OPS[op].tests:
         if not case.features:
             try:
-                check(case, backend)
+                check(case, backend, **how)
             except AssertionError as error:
                 yield case, str(error)
 
@@ -39,6 +39,12 @@ def test_the_honest_kernel_is_accepted(op, plant):
 @pytest.mark.parametrize(("of", "bug"), PLANTED, ids=lambda x: x)
 def test_a_planted_bug_is_rejected(of, bug, plant):
     assert next(rejections(of, plant(Kernels(bug).table())), None), "every case accepts it"
+
+
+@pytest.mark.parametrize("bug", wrong_kernels.BUGS["pairwise_pg_loss"])
+def test_a_planted_bug_is_rejected_by_its_own_logprobs(bug, plant):
+    found = rejections("pairwise_pg_loss", plant(Kernels(bug).table()), by_own_logprobs=True)
+    assert next(found, None), "every case accepts it"
 
 
 def test_every_op_has_bugs_to_reject():

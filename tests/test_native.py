@@ -6,8 +6,13 @@ import pytest
 import torch
 
 from nlhf_kernels import eager
+from tests.conftest import why_not
 
-native = pytest.importorskip("nlhf_kernels.backends.native")
+if why := why_not("cpp"):
+    pytest.skip(f"cpp: {why}", allow_module_level=True)
+
+from nlhf_kernels.backends import native
+
 _native = native._native
 
 

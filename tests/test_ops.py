@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 import nlhf_kernels as nk
 from nlhf_kernels import eager, registry
 from nlhf_kernels.testing import OPS, TOLERANCE, check
+from nlhf_kernels.testing.cases import copied
 from nlhf_kernels.testing.check import compare, grad_outputs
 from tests.conftest import targets
 
@@ -57,15 +58,6 @@ def identical(xs: list[Tensor], ys: list[Tensor]) -> bool:
     return all(x.dtype == y.dtype and x.shape == y.shape for x, y in pairs) and all(
         torch.equal(bits(x.reshape(-1)), bits(y.reshape(-1))) for x, y in pairs
     )
-
-
-def copied(x):
-    """A tensor with the same strides in memory of its own."""
-    if not isinstance(x, Tensor):
-        return x
-    storage = x.detach().untyped_storage().clone()
-    empty = torch.empty(0, dtype=x.dtype, device=x.device)
-    return empty.set_(storage, x.storage_offset(), x.shape, x.stride())
 
 
 class Recorder(TorchDispatchMode):
@@ -134,7 +126,9 @@ def test_every_raw_op_of_a_backend_is_there(compiled):
 def _pairs() -> list:
     compiled = [x.values[0] for x in targets(compiled_only=True) if not x.marks]
     pairs = [(a, b) for a, b in itertools.permutations(compiled, 2) if a.device == b.device]
-    return pairs or [pytest.param(None, marks=pytest.mark.skip(reason="no two compiled backends"))]
+    here = ", ".join(map(str, compiled)) or "none"
+    skip = pytest.mark.skip(reason=f"no two compiled backends on one device here: {here}")
+    return pairs or [pytest.param(None, marks=skip)]
 
 
 @pytest.mark.parametrize("pair", _pairs(), ids=lambda p: p and f"{p[0]}->{p[1]}")

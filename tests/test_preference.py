@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -313,9 +312,8 @@ def test_callables():
             as_preference(source)
 
 
-@pytest.mark.skipif("NLHF_PREFERENCES" not in os.environ, reason="NLHF_PREFERENCES is not set")
-def test_real_pairs(tokenizer):
-    pairs = read_preferences(Path(os.environ["NLHF_PREFERENCES"]) / "preferences_dev.jsonl.gz")
+def test_real_pairs(tokenizer, real_pairs):
+    pairs = read_preferences(real_pairs)
     pairs = pairs.select(range(0, len(pairs), 10))
     model = PairwiseModel(trunk(context=2048), tokenizer, freeze_trunk=True)
     losses = fit(model, pairs, l2=1e-4)

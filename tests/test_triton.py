@@ -1,20 +1,19 @@
 """The pieces of the Triton backend that the harness cannot see, in the interpreter."""
 
 import math
-import os
 
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-tl = pytest.importorskip("triton.language")
-if not triton.knobs.runtime.interpret:
-    if "triton" in os.environ.get("NLHF_EXPECT_BACKENDS", "") and not torch.cuda.is_available():
-        raise RuntimeError("triton is expected, but neither TRITON_INTERPRET=1 nor a GPU is there")
-    if not torch.cuda.is_available():
-        pytest.skip("needs TRITON_INTERPRET=1 or a GPU", allow_module_level=True)
+from tests.conftest import why_not
 
-from nlhf_kernels.backends.triton import common  # noqa: E402
+if why := why_not("triton"):
+    pytest.skip(f"triton: {why}", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from nlhf_kernels.backends.triton import common
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 

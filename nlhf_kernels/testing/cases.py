@@ -86,6 +86,15 @@ def lay_out(x: Tensor, layout: str, device: str) -> Tensor:
     return view
 
 
+def copied(x):
+    """A tensor with the same values and strides in memory of its own; anything else as it is."""
+    if not isinstance(x, Tensor):
+        return x
+    storage = x.detach().untyped_storage().clone()
+    empty = torch.empty(0, dtype=x.dtype, device=x.device)
+    return empty.set_(storage, x.storage_offset(), x.shape, x.stride())
+
+
 def _normal(generator, shape) -> Tensor:
     return torch.randn(shape, generator=generator, device=generator.device, dtype=F64)
 

@@ -28,17 +28,25 @@ FIELDS = ("policy_logprobs", "ref_logprobs", "sampling_logprobs", "log_kept_mass
 
 
 def check(
-    case: Case, backend: str, *, seed: int = 0, device: str = "cpu", generate_on: str = "cpu"
+    case: Case,
+    backend: str,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    generate_on: str = "cpu",
+    by_own_logprobs: bool = False,
 ) -> None:
     """Raise ``AssertionError``, and say what differs, unless the backend is right on this case.
 
-    ``generate_on`` as in ``Case.inputs``.
+    ``generate_on`` as in ``Case.inputs``. ``by_own_logprobs`` is for a ``pairwise_pg_loss`` over
+    hundreds of tokens, where an error in the last digit of every log-probability grows with the
+    square of their number: the rest is then judged by the op's own, which must be right themselves.
     """
     args, kwargs = case.inputs(seed, device, generate_on)
     if case.op == "mixture_sample":
         _check_sample(args, kwargs, backend)
     else:
-        _check_differentiable(case.op, args, kwargs, backend)
+        _check_differentiable(case.op, args, kwargs, backend, by_own_logprobs)
 
 
 def backends(device: str) -> tuple[str, ...]:
@@ -190,7 +198,9 @@ def _sequences(args: tuple, kwargs: dict, at_once: int) -> Iterator[tuple]:
         yield some, share, tuple(map(cut, args)), {name: cut(x) for name, x in kwargs.items()}
 
 
-def _check_differentiable(op: str, args: tuple, kwargs: dict, backend: str) -> None:
+def _check_differentiable(
+    op: str, args: tuple, kwargs: dict, backend: str, by_own_logprobs: bool
+) -> None:
     inplace = kwargs.pop("inplace_backward", False)
     logits, tokens = args[0].requires_grad_(), args[1]
     statistics = eager.statistics_dtype(logits)
@@ -200,9 +210,7 @@ def _check_differentiable(op: str, args: tuple, kwargs: dict, backend: str) -> N
         outputs = getattr(nk, op)(*args, **kwargs, inplace_backward=inplace, backend=backend)
     before.require_unchanged()
     own = {}
-    if op == "pairwise_pg_loss":
-        # an error in the last digit of every log-probability grows with the square of T in the
-        # loss: its own, which must be right for themselves, are what the rest is judged by
+    if by_own_logprobs and op == "pairwise_pg_loss":
         own["policy_logprobs"] = outputs.logprobs.detach()
         assert outputs.logprobs.shape == tokens.shape, f"logprobs are {outputs.logprobs.shape}"
     # before a backward in place, which leaves no logits to judge by
