@@ -4,7 +4,8 @@
     python -m bench --op token_logprobs,pairwise_pg_loss --mode bwd --no-peers
     python -m bench --base main --op mixture_sample
 
-Times are medians of samples that take turns, on inputs that no cache holds; the limits of the
+Times are medians of samples that take turns, on inputs that no cache holds: five or more, but three
+of a call that outlasts its share of the time, and two of one over a second. The limits of the
 machine (read, copy, matrix products) are measured in the same run. A contender that fails its gate
 gets no number. Exit status: 0; 1 if one of our backends is wrong; 2 for bad input.
 
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import nlhf_kernels as nk
-from bench import cli, compare, heads, measure, ops, peers, profile
+from bench import cli, compare, heads, layers, measure, ops, peers, profile
 from bench.phases import settle
 from bench.problem import Contender, Problem
 from nlhf_kernels.testing import OPS, Case
@@ -36,6 +37,7 @@ PARTS = {
     "gpu": "bench.gpu",
     "report": "bench.report",
 }
+ALL = (*OPS, heads.OP, layers.OP)
 # for a contender and a mode
 SECONDS = {"cpu": 0.6, "cuda": 0.2}
 QUICK_SECONDS = 0.5
@@ -91,8 +93,8 @@ def parser() -> cli.Parser:
     p = cli.Parser("", __doc__)
     p.prog = "python -m bench"
     p.add_argument(
-        "--op", type=cli.names_of([*OPS, heads.OP]), metavar="OP",
-        help=f"separated by commas: {', '.join([*OPS, heads.OP])} (default: all)",
+        "--op", type=cli.names_of(ALL), metavar="OP",
+        help=f"separated by commas: {', '.join(ALL)} (default: all)",
     )  # fmt: skip
     p.add_argument(
         "--backend", type=cli.names_of(nk.BACKENDS), metavar="BACKEND",
@@ -135,7 +137,7 @@ def select(arguments: argparse.Namespace) -> list[Problem]:
         raise cli.BadInput("python -m bench: --profile makes times longer: leave out --save")
     if arguments.rounds and not arguments.base:
         raise cli.BadInput("python -m bench: --rounds goes with --base")
-    names = arguments.op or [*OPS, heads.OP]
+    names = arguments.op or ALL
     by_op = [_problems(op, arguments) for op in names]
     known = [shape for problems in by_op for shape, _ in problems]
     for wanted in arguments.shape or ():
@@ -176,13 +178,14 @@ def _problems(op: str, arguments: argparse.Namespace) -> list[tuple[str, Callabl
         rivals = [x for x in peers.contenders(case, device) if wanted(x)]
         return ops.problem(case, device, chosen, rivals)
 
-    def of_head(problem: Problem) -> Problem:
+    def of_problem(problem: Problem) -> Problem:
         return dataclasses.replace(problem, contenders=tuple(filter(wanted, problem.contenders)))
 
     if op in OPS:
         return [(case.why, functools.partial(of_case, case)) for case in OPS[op].bench[device]]
-    found = heads.problems(device, arguments.quick)
-    return [(problem.shape, functools.partial(of_head, problem)) for problem in found]
+    families = {heads.OP: heads.problems, layers.OP: layers.problems}
+    found = families[op](device, arguments.quick)
+    return [(problem.shape, functools.partial(of_problem, problem)) for problem in found]
 
 
 def seconds_for(arguments: argparse.Namespace) -> float:

@@ -6,6 +6,7 @@
 
 #include "common/philox.h"
 #include "cpu/ops.h"
+#include "cpu/skinny_linear.h"
 
 namespace py = pybind11;
 using namespace nlhf;
@@ -117,6 +118,13 @@ PYBIND11_MODULE(_native, m) {
 
   bind_ops<float>(m.def_submodule("float32"));
   bind_ops<double>(m.def_submodule("float64"));
+
+  m.def(
+      "skinny_linear",
+      [](Address x, Address w, Address y, int64_t M, int64_t N, int64_t D) {
+        skinny_linear(at<float>(x), at<float>(w), at<float>(y), M, N, D);
+      },
+      py::call_guard<py::gil_scoped_release>());
 
   m.def("fold_in", &fold_in);
   m.def("philox4x32",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import nlhf_kernels as nk
-from nlhf import caches
+from nlhf import caches, linears
 from nlhf import policy as policies
 from nlhf.decoding import Batch, Decoder, all_rows
 from nlhf.graphs import Graphs, fingerprint
@@ -207,7 +207,7 @@ def generate(
     else:
         batch = new_batch()
     models = [model for model, _ in readers]
-    with policies.evaluating(*models), caches.grouped(models):
+    with policies.evaluating(*models), caches.grouped(models), linears.skinny(models):
         tokens, mask, stats = batch.run(rows, input_ids, attention_mask)
 
     names = ["policy_logprobs", "ref_logprobs", "sampling_logprobs", "log_kept_mass"]

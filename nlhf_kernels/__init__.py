@@ -3,8 +3,9 @@
 from nlhf_kernels.eager import MixtureSample, PairwisePGLoss, TokenLogprobs, fold_in
 from nlhf_kernels.ops.mixture_sample import mixture_sample
 from nlhf_kernels.ops.pairwise_pg_loss import pairwise_pg_loss
+from nlhf_kernels.ops.skinny_linear import skinny_linear
 from nlhf_kernels.ops.token_logprobs import token_logprobs
-from nlhf_kernels.registry import BACKENDS, use_backend
+from nlhf_kernels.registry import BACKENDS, reason, resolve, use_backend
 
 __version__ = "0.1.0"
 
@@ -16,6 +17,9 @@ __all__ = [
     "fold_in",
     "mixture_sample",
     "pairwise_pg_loss",
+    "reason",
+    "resolve",
+    "skinny_linear",
     "token_logprobs",
     "use_backend",
 ]

@@ -16,6 +16,8 @@ import torch
 BACKENDS = ("eager", "cpp", "triton", "cuda")
 ORDER = {"cpu": ("cpp", "eager"), "cuda": ("triton", "eager")}
 OPS = ("mixture_sample", "token_logprobs", "pairwise_pg_loss")
+# not of logits: a layer of the model, on the CPU only
+LAYERS = ("skinny_linear",)
 
 # raw op -> backend -> "module:function"; eager is called straight and has no raw op
 _NATIVE, _TRITON = "nlhf_kernels.backends.native", "nlhf_kernels.backends.triton"
@@ -40,6 +42,7 @@ _PATHS = {
         "cpp": f"{_NATIVE}:pairwise_pg_loss_bwd",
         "triton": f"{_TRITON}.pairwise_pg_loss:pairwise_pg_loss_bwd",
     },
+    "skinny_linear_fwd": {"cpp": f"{_NATIVE}:skinny_linear_fwd"},
 }
 # what a backend has not got, beside whole ops: op -> backend -> feature -> what to do
 _LACKS = {
@@ -146,7 +149,7 @@ def table() -> list[tuple[str, str, str, str]]:
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     return [
         (op, backend, device, reason(op, backend, device))
-        for op in OPS
+        for op in (*OPS, *LAYERS)
         for backend in BACKENDS
         for device in devices
     ]

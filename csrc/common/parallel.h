@@ -4,7 +4,19 @@
 
 #include <cstdint>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 namespace nlhf {
+
+inline int most_threads() {
+#if defined(_OPENMP)
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
 
 // Calls row(i) for i in [0, rows); work is the number of elements in a row. The number of threads
 // is the OpenMP runtime's, which torch.set_num_threads sets because torch loads the same one.

@@ -150,6 +150,19 @@ def pairwise_pg_loss_bwd(
     )
 
 
+def skinny_linear_fwd(input: Tensor, weight: Tensor) -> Tensor:
+    """(..., N), without the bias."""
+    N, D = weight.shape
+    output = input.new_empty(*input.shape[:-1], N)
+    if D == 0:
+        return output.zero_()
+    if output.numel():
+        input = input.contiguous()
+        rows = input.numel() // D
+        _native.skinny_linear(*map(_address, (input, weight, output)), rows, N, D)
+    return output
+
+
 def _statistics_dtype(*logits: Tensor | None) -> torch.dtype:
     wide = any(x is not None and x.dtype == torch.float64 for x in logits)
     return torch.float64 if wide else torch.float32

@@ -6,15 +6,15 @@ under test runs with every allocation filled with NaN, so that nothing unwritten
 
 import contextlib
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import nlhf_kernels as nk
 from nlhf_kernels import eager, registry
-from nlhf_kernels.testing.cases import Case
+from nlhf_kernels.testing.cases import Case, copied
 
 # by dtype of the output, whatever the inputs: (rtol, atol). Logits and their statistics are of
 # order 10, where one ulp of float32 is 1e-6; 16 bits are for gradients, rounded once
@@ -42,11 +42,49 @@ def check(
     hundreds of tokens, where an error in the last digit of every log-probability grows with the
     square of their number: the rest is then judged by the op's own, which must be right themselves.
     """
-    args, kwargs = case.inputs(seed, device, generate_on)
-    if case.op == "mixture_sample":
-        _check_sample(args, kwargs, backend)
+    answers = Answers(case.inputs(seed, device, generate_on))
+    check_by(answers, case.op, backend, by_own_logprobs=by_own_logprobs)
+
+
+class Answers:
+    """The inputs of a case and what is right for them, each worked out once for all who are judged.
+
+    These may be gigabytes: they belong to one problem and go with it.
+    """
+
+    def __init__(self, inputs: tuple[tuple, dict]):
+        self._inputs = inputs
+        self._found: dict[str, tuple[Tensor | None, Any]] = {}
+
+    def inputs(self) -> tuple[tuple, dict]:
+        """In memory of their own each time: who is judged may write over them, right or wrong."""
+        args, kwargs = self._inputs
+        return tuple(map(copied, args)), {name: copied(x) for name, x in kwargs.items()}
+
+    def once(self, name: str, make: Callable[[tuple, dict], Any], by: Tensor | None = None) -> Any:
+        """``make(args, kwargs)``; once more if ``by``, which it depends on, is another."""
+        if name in self._found and not _same(self._found[name][0], by):
+            # never two at a time
+            del self._found[name]
+        if name not in self._found:
+            self._found[name] = None if by is None else by.clone(), make(*self._inputs)
+        return self._found[name][1]
+
+
+def _same(x: Tensor | None, y: Tensor | None) -> bool:
+    if x is None or y is None:
+        return x is y
+    return x.dtype == y.dtype and torch.equal(x, y)
+
+
+def check_by(
+    answers: Answers, op: str, backend: str, *, by_own_logprobs: bool = False, inplace: bool = False
+) -> None:
+    """``check`` by answers that others are judged by too; ``inplace``: with a backward in place."""
+    if op == "mixture_sample":
+        _check_sample(answers, backend)
     else:
-        _check_differentiable(case.op, args, kwargs, backend, by_own_logprobs)
+        _check_differentiable(answers, op, backend, by_own_logprobs, inplace)
 
 
 def backends(device: str) -> tuple[str, ...]:
@@ -199,9 +237,10 @@ def _sequences(args: tuple, kwargs: dict, at_once: int) -> Iterator[tuple]:
 
 
 def _check_differentiable(
-    op: str, args: tuple, kwargs: dict, backend: str, by_own_logprobs: bool
+    answers: Answers, op: str, backend: str, by_own_logprobs: bool, inplace: bool
 ) -> None:
-    inplace = kwargs.pop("inplace_backward", False)
+    args, kwargs = answers.inputs()
+    inplace |= kwargs.pop("inplace_backward", False)
     logits, tokens = args[0].requires_grad_(), args[1]
     statistics = eager.statistics_dtype(logits)
 
@@ -209,12 +248,16 @@ def _check_differentiable(
     with poisoned_memory():
         outputs = getattr(nk, op)(*args, **kwargs, inplace_backward=inplace, backend=backend)
     before.require_unchanged()
-    own = {}
+    own = None
     if by_own_logprobs and op == "pairwise_pg_loss":
-        own["policy_logprobs"] = outputs.logprobs.detach()
-        assert outputs.logprobs.shape == tokens.shape, f"logprobs are {outputs.logprobs.shape}"
-    # before a backward in place, which leaves no logits to judge by
-    want = oracle(op, args, own | kwargs)
+        own = outputs.logprobs.detach()
+        assert own.shape == tokens.shape, f"logprobs are {own.shape}"
+
+    def right(args: tuple, kwargs: dict) -> Oracle:
+        kwargs = {name: x for name, x in kwargs.items() if name != "inplace_backward"}
+        return oracle(op, args, ({} if own is None else {"policy_logprobs": own}) | kwargs)
+
+    want = answers.once("oracle", right, by=own)
     assert type(outputs) is type(want.outputs), f"{op} returns {type(outputs)}"
     for name, got, x, live in zip(outputs._fields, outputs, want.outputs, want.live, strict=True):
         compare(name, got, x, statistics)
@@ -222,7 +265,8 @@ def _check_differentiable(
 
     with poisoned_memory():
         outputs = [x for x in outputs if x.requires_grad]
-        (got,) = torch.autograd.grad(outputs, logits, want.grads)
+        # copies: a wrong kernel must not spoil what the next is judged by
+        (got,) = torch.autograd.grad(outputs, logits, [g.clone() for g in want.grads])
     for some, gradient in want.gradients:
         compare("the gradient", got[some], gradient, logits.dtype)
         if inplace:
@@ -233,14 +277,15 @@ def _check_differentiable(
 # ---- sampling
 
 
-def _check_sample(args: tuple, kwargs: dict, backend: str) -> None:
+def _check_sample(answers: Answers, backend: str) -> None:
+    args, kwargs = answers.inputs()
     before = Snapshot(args, kwargs)
     with poisoned_memory():
         got = nk.mixture_sample(*args, **kwargs, backend=backend)
     before.require_unchanged()
     assert type(got) is nk.MixtureSample, f"mixture_sample returns {type(got)}"
 
-    draw = Draw(*args, **kwargs)
+    draw = answers.once("draw", lambda args, kwargs: Draw(*args, **kwargs))
     compare("tokens where a row is bad", got.tokens < 0, draw.bad, torch.bool)
     assert got.tokens.dtype == torch.int64, f"tokens are {got.tokens.dtype}"
     draw.require_winners(got.tokens)
