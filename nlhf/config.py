@@ -58,6 +58,8 @@ class Config:
     """prompts a step"""
     micro_batch_size: int = 0
     """prompts a forward and backward pass; 0: batch_size"""
+    gradient_checkpointing: bool = False
+    """keep the layers' inputs alone and compute the rest again: less memory, same gradient"""
     learning_rate: float = 1e-5
     """AdamW's highest learning rate"""
     warmup_steps: int = 5

@@ -25,7 +25,8 @@ def nash_md_pg(
     """The loss of Nash-MD-PG (Munos et al. 2023, eq. 13): its gradient improves on the opponent.
 
     One forward pass of the policy over prompt and y, and ``nk.pairwise_pg_loss``, whose docstring
-    has the formula. y' enters through the preference alone.
+    has the formula. y' enters through the preference alone. Inside of the contexts of
+    ``nlhf.memory`` it takes less memory.
 
     Args:
         policy: its gradient is taken; train or eval mode as it is.
@@ -46,9 +47,11 @@ def nash_md_pg(
     y = pair.y
     ref_logprobs = y.ref_logprobs
     if ref_logprobs is None and (tau or ref is not None):
-        logits = ref_logits(policy, ref, pair, y)
         safe = torch.where(y.mask, y.tokens, 0)
-        ref_logprobs = nk.token_logprobs(logits, safe, temperature=temperature).logprobs
+        # no name for these logits: they must be gone when those of the policy are made
+        ref_logprobs = nk.token_logprobs(
+            ref_logits(policy, ref, pair, y), safe, temperature=temperature
+        ).logprobs
     return nk.pairwise_pg_loss(
         response_logits(policy, pair, y),
         y.tokens,

@@ -13,13 +13,13 @@ import torch
 from tqdm import tqdm
 
 import nlhf_kernels as nk
-from nlhf import checkpoint, config, evaluate, losses, parts, plots, policy
+from nlhf import checkpoint, config, evaluate, losses, memory, parts, plots, policy
 from nlhf.config import Config
 from nlhf.parts import Parts, plain
 
 # what may differ between a run and its continuation: none of it changes the weights
 _FREE = {"output", "device", "eval_every", "eval_samples", "report_samples"}
-_FREE |= {"checkpoint_every", "keep_checkpoints"}
+_FREE |= {"checkpoint_every", "keep_checkpoints", "gradient_checkpointing"}
 
 
 def run(settings: Config, resume: bool = False) -> dict:
@@ -46,6 +46,8 @@ def run(settings: Config, resume: bool = False) -> dict:
         [p for p in pieces.policy.parameters() if p.requires_grad],
         lr=settings.learning_rate,
         weight_decay=settings.weight_decay,
+        # one weight after the other, as is the default there, takes two copies of the largest
+        fused=pieces.device.type == "cpu" or None,
     )
     saved = checkpoint.complete(output / "checkpoints")
     done = checkpoint.load(saved[-1], pieces.policy, optimizer) if saved else 0
@@ -100,7 +102,8 @@ def train_step(pieces: Parts, optimizer: torch.optim.Optimizer, step: int) -> di
     size = c.micro_batch_size or c.batch_size
     for start in range(0, c.batch_size, size):
         rows = slice(start, start + size)
-        with clock("lose"):
+        lean = memory.recomputing(pieces.policy, c.gradient_checkpointing)
+        with clock("lose"), memory.untied(pieces.policy), lean:
             result = losses.nash_md_pg(
                 pieces.policy,
                 pieces.ref,

@@ -109,6 +109,16 @@ def test_micro_batches_are_all_rows_and_change_nothing(monkeypatch, stop_update)
             torch.testing.assert_close(other[name], gradient, rtol=1e-5, atol=1e-9, msg=name)
 
 
+@pytest.mark.parametrize("name", ["nlhf", "plain", "rlhf"])
+def test_all_recompute_their_layers_in_the_update(name, stop_update):
+    contestant = contestants.CONTESTANTS[name](SMALL)
+    pair = contestant.rollout(SMALL.prompts(), SMALL.T, 1)
+    calls = []
+    contestant.policy.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    contestant.update(pair, contestant.score(pair))
+    assert len(calls) == 2 * len(contestants.micro_batches(SMALL))
+
+
 def test_rlhf_generates_once_and_learns_from_the_reward():
     rlhf = contestants.Rlhf(SMALL)
     calls = counted(rlhf.policy, rlhf.ref)

@@ -1,5 +1,7 @@
 """nash_md_pg against a slow twin: an explicit forward pass, and the op of eager."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -12,13 +14,7 @@ from tests import tiny
 EOS = [2, *range(30, 38)]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny tensors: a second thread gains nothing, and on a busy machine all wait for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def made(model, ref, lengths=(3, 6, 2, 4), **settings):
@@ -182,3 +178,16 @@ def test_training_beats_the_reference():
     assert prefer(after).mean() > 0.7
     kl = (after.y.policy_logprobs - after.y.ref_logprobs).sum(-1).mean()
     assert 0 < kl < 20
+
+
+def test_logits_of_the_reference_are_gone_before_those_of_the_policy():
+    model, ref = tiny.llama(0), tiny.llama(1)
+    pair, preference = made(model, ref)
+    y = Completion(pair.y.tokens, pair.y.mask)
+    seen = []
+    ref.register_forward_hook(lambda _, args, output: seen.append(weakref.ref(output.logits)))
+    model.register_forward_pre_hook(lambda *_: seen.append(seen[0]()))
+    either = Pair(pair.input_ids, pair.attention_mask, y, y)
+    losses.nash_md_pg(model, ref, either, preference, tau=0.1)
+    assert len(seen) == 2
+    assert seen[1] is None

@@ -16,13 +16,7 @@ EOS = [2, *range(30, 38)]
 NAMES = ("policy_logprobs", "ref_logprobs", "sampling_logprobs", "log_kept_mass")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny tensors: a second thread gains nothing, and on a busy machine all wait for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @torch.no_grad()

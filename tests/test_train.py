@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from nlhf import cli, config, evaluate, parts, train
+from nlhf import cli, config, evaluate, memory, parts, train
 from tests import tiny
 
 WORDS = [f"w{i}" for i in range(50)]
@@ -135,6 +135,42 @@ def test_resumed_equals_uninterrupted_to_the_bit(folder, tmp_path, lora_r, monke
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.parametrize("lora_r", [4, 0])
+def test_checkpointing_changes_no_bit_of_a_run_and_may_start_in_its_middle(
+    folder, tmp_path, lora_r, monkeypatch
+):
+    plain = settings(folder, tmp_path / "plain", lora_r=lora_r)
+    train.run(plain)
+    calls = counted(monkeypatch)
+    lean = settings(folder, tmp_path / "lean", lora_r=lora_r, gradient_checkpointing=True)
+    train.run(lean)
+    assert calls == [True] * lean.steps
+    # as somebody does whose run is out of memory
+    shutil.copytree(tmp_path / "plain", tmp_path / "mixed")
+    for made_later in ("checkpoints/step-000006", "model"):
+        shutil.rmtree(tmp_path / "mixed" / made_later)
+    mixed = settings(folder, tmp_path / "mixed", lora_r=lora_r, gradient_checkpointing=True)
+    train.run(mixed, resume=True)
+    assert len(calls) == lean.steps + 2
+    wanted = weights(tmp_path / "plain")
+    for name in ("lean", "mixed"):
+        assert metrics(tmp_path / name) == metrics(tmp_path / "plain")
+        found = weights(tmp_path / name)
+        assert all(torch.equal(found[k], wanted[k]) for k in wanted)
+
+
+def counted(monkeypatch) -> list[bool]:
+    """Whether each update recomputes."""
+    calls, inner = [], memory.recomputing
+
+    def recomputing(model, enabled):
+        calls.append(enabled)
+        return inner(model, enabled)
+
+    monkeypatch.setattr(memory, "recomputing", recomputing)
+    return calls
+
+
 def test_micro_batches_give_the_same_step(folder, tmp_path):
     norms = []
     for size in (0, 3):
@@ -220,6 +256,7 @@ BAD = [
     (["--tau", "-1"], "tau must be at least 0"),
     (["--temperature", "nan"], "temperature must be above 0"),
     (["--kl", "exact"], "kl must be one of"),
+    (["--gradient-checkpointing=yes"], "gradient-checkpointing: ignored explicit argument 'yes'"),
     (["--steps", "many"], "--steps: invalid int value"),
     (["--tua", "1"], "unrecognized arguments"),
     (["--config", "nowhere.yaml"], "cannot read nowhere.yaml"),
@@ -367,6 +404,12 @@ def test_config_round_trip_and_help(tmp_path):
     config.save(chosen, tmp_path / "c.yaml")
     assert config.load(str(tmp_path / "c.yaml")) == chosen
     assert set(config.field_help()) == set(vars(chosen))
-    for bad in ({"seed": 1.5}, {"lora_r": True}, {"model": 3}, {"tau": "much"}):
+    for bad in (
+        {"seed": 1.5},
+        {"lora_r": True},
+        {"gradient_checkpointing": 1},
+        {"model": 3},
+        {"tau": "much"},
+    ):
         with pytest.raises(ValueError, match="must be a"):
             config.from_dict(bad, "test")
