@@ -2,21 +2,26 @@
 
 Each gate runs a solver on the inputs of a case and raises AssertionError if it is wrong. Peers keep
 less precision than our own ops must, so these tolerances are wider than those of ``check``.
+What is right is worked out once for all contenders of a problem.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import nlhf_kernels as nk
 from nlhf_kernels.testing import Case
-from nlhf_kernels.testing.check import grad_outputs, widened
+from nlhf_kernels.testing.check import Answers, grad_outputs, widened
 
 # by dtype of the logits: absolute for log-probabilities, of the norm for gradients
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 # a sampler's draws are judged by their mean log-probability: so many rows, so many deviations
 DRAWS, DEVIATIONS = 64, 6
+# numbers that are compared in float64
+_AT_ONCE = 2**18
 
 
 def close(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
@@ -29,20 +34,49 @@ def close(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
 
 
 class Distance:
-    """||got - want|| / ||want|| over pieces that never lie in memory together."""
+    """||got - want|| / ||want|| over pieces, which may be all that there is in memory at a time."""
 
     def __init__(self):
         self._wrong = self._whole = 0.0
 
     def add(self, got: Tensor, want: Tensor) -> None:
         assert got.shape == want.shape, f"gradient {tuple(got.shape)}, must be {tuple(want.shape)}"
-        want = want.double()
-        self._wrong += float((got.double() - want).square().sum())
-        self._whole += float(want.square().sum())
+        # in float64 a little at a time: memory that is new costs more than the sums
+        rows = max(1, _AT_ONCE // max(1, want.shape[-1]))
+        pieces = (x.reshape(-1, x.shape[-1]).split(rows) for x in (got, want))
+        for some, exact in zip(*pieces, strict=True):
+            exact = exact.double().flatten()
+            off = some.double().flatten() - exact
+            self._wrong += float(off.dot(off))
+            self._whole += float(exact.dot(exact))
 
     def require(self, tolerance: float, name: str = "gradient") -> None:
         off = (self._wrong / self._whole) ** 0.5
         assert off <= tolerance, f"{name}: off by {off:.2g} of its norm, {tolerance:g} allowed"
+
+
+# ---- what is right
+
+
+# (what is judged, device, answers) of the latest problem alone
+_latest: list[tuple[Any, str, Answers]] = []
+
+
+def answers(of: Any, device: str, inputs: Callable[[], tuple[tuple, dict]]) -> Answers:
+    """The same for every gate of a problem, until another comes or ``forget``."""
+    if not _latest or _latest[0][0] is not of or _latest[0][1] != device:
+        # never two at a time
+        forget()
+        _latest.append((of, device, Answers(inputs())))
+    return _latest[0][2]
+
+
+def of_case(case: Case, device: str) -> Answers:
+    return answers(case, device, functools.partial(case.inputs, 0, device, device))
+
+
+def forget() -> None:
+    _latest.clear()
 
 
 # ---- losses over logits
@@ -50,42 +84,66 @@ class Distance:
 
 def logprobs(solve: Callable, case: Case, device: str) -> None:
     """``solve`` returns log-probabilities and entropies, or None for these."""
-    (logits, tokens), kwargs = case.inputs(0, device, device)
-    settings = {name: kwargs[name] for name in ("temperature", "softcap") if name in kwargs}
+    known = of_case(case, device)
+    (leaf, tokens), kwargs = known.inputs()
     tolerance = TOLERANCE[case.dtype]
-    # a copy: some write over what they are given
-    leaf = logits.detach().clone().requires_grad_()
-    got, entropy = solve((leaf, tokens), kwargs)
-    (weights,) = grad_outputs([got])
-    weights = weights.to(device)
+    got, entropy = solve((leaf.requires_grad_(), tokens), kwargs)
+    assert got.shape == tokens.shape, f"log-probabilities {tuple(got.shape)}"
+    weights = _weights(tokens)
     (grad,) = torch.autograd.grad(got, leaf, weights.to(got.dtype))
-
+    logprobs, entropies, gradients = known.once("log-probabilities", _logprobs)
+    close("log-probabilities", got, logprobs, tolerance)
+    if entropy is not None:
+        close("entropy", entropy, entropies, tolerance)
     distance = Distance()
+    for some, want in gradients:
+        distance.add(grad[some], want)
+    distance.require(tolerance)
+
+
+def _weights(tokens: Tensor) -> Tensor:
+    """What the log-probabilities are multiplied by, so that a gradient cannot forget it."""
+    return grad_outputs([torch.empty(tokens.shape, device="meta")])[0].to(tokens.device)
+
+
+def _logprobs(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor, list[tuple[slice, Tensor]]]:
+    logits, tokens = args
+    settings = {name: kwargs[name] for name in ("temperature", "softcap") if name in kwargs}
+    weights, found, gradients = _weights(tokens), [], []
     rows = 1 if logits.dim() == 3 else 64
     for start in range(0, len(logits), rows):
         some = slice(start, start + rows)
         wide = logits[some].double().requires_grad_()
         want = nk.token_logprobs(wide, tokens[some], **settings, backend="eager")
-        close("log-probabilities", got[some], want.logprobs, tolerance)
-        if entropy is not None:
-            close("entropy", entropy[some], want.entropy, tolerance)
-        distance.add(grad[some], torch.autograd.grad(want.logprobs, wide, weights[some])[0])
-    distance.require(tolerance)
+        gradients.append((some, torch.autograd.grad(want.logprobs, wide, weights[some])[0]))
+        found.append([x.detach() for x in want])
+    return *map(torch.cat, zip(*found, strict=True)), gradients
 
 
 def pg_loss(solve: Callable, case: Case, device: str, unused: int = 0) -> None:
     """``solve`` returns the loss; it leaves out the last ``unused`` tokens of every sequence."""
-    args, kwargs = case.inputs(0, device, device)
+    known = of_case(case, device)
+    (leaf, *args), kwargs = known.inputs()
     tolerance = TOLERANCE[case.dtype]
-    leaf = args[0].detach().clone().requires_grad_()
-    got = solve((leaf, *args[1:]), kwargs)
+    got = solve((leaf.requires_grad_(), *args), kwargs)
     (grad,) = torch.autograd.grad(got, leaf)
-
-    ref_logprobs = kwargs.pop("ref_logprobs")
-    kwargs.pop("inplace_backward", None)
-    B, used = len(args[0]), args[0].shape[1] - unused
+    used = leaf.shape[1] - unused
     assert not bool(grad[:, used:].any()), "gradient of tokens that are left out"
-    distance, losses = Distance(), []
+    losses, gradients = known.once(f"loss of {used}", functools.partial(_pg_loss, used))
+    distance = Distance()
+    for b, want in enumerate(gradients):
+        distance.add(grad[b : b + 1, :used], want)
+    # what the sum is made of may be far larger than the sum
+    scale = max(1.0, float(losses.abs().sum()))
+    close("loss", got, losses.sum(), tolerance * scale)
+    distance.require(tolerance)
+
+
+def _pg_loss(used: int, args: tuple, kwargs: dict) -> tuple[Tensor, list[Tensor]]:
+    """Of the first ``used`` tokens: the losses (B,) that make up the mean, and their gradients."""
+    settings = {name: x for name, x in kwargs.items() if name != "inplace_backward"}
+    ref_logprobs = settings.pop("ref_logprobs")
+    B, losses, gradients = len(args[0]), [], []
     for b in range(B):
         # sequences do not know of each other, but for the mean
         logits, tokens, mask = (x[b : b + 1, :used] for x in args[:3])
@@ -93,15 +151,11 @@ def pg_loss(solve: Callable, case: Case, device: str, unused: int = 0) -> None:
         preference = args[3][b : b + 1].double()
         ref = ref_logprobs[b : b + 1, :used].double()
         loss = nk.pairwise_pg_loss(
-            wide, tokens, mask, preference, ref_logprobs=ref, **kwargs, backend="eager"
+            wide, tokens, mask, preference, ref_logprobs=ref, **settings, backend="eager"
         ).loss
         losses.append(loss.detach() / B)
-        distance.add(grad[b : b + 1, :used], torch.autograd.grad(loss / B, wide)[0])
-    losses = torch.stack(losses)
-    # what the sum is made of may be far larger than the sum
-    scale = max(1.0, float(losses.abs().sum()))
-    close("loss", got, losses.sum(), tolerance * scale)
-    distance.require(tolerance)
+        gradients.append(torch.autograd.grad(loss / B, wide)[0])
+    return torch.stack(losses), gradients
 
 
 # ---- sampling
@@ -159,9 +213,10 @@ def sample(solve: Callable, case: Case, device: str) -> None:
 
     In the order of the policy, the reference and the filtered mixture.
     """
-    args, kwargs = case.inputs(0, device, device)
+    known = of_case(case, device)
+    args, kwargs = known.inputs()
     B, V = args[0].shape
-    mixture, drawn = Mixture(args, kwargs), []
+    mixture, drawn = known.once("mixture", Mixture), []
     for _ in range(-(-DRAWS // B)):
         tokens, *logprobs = solve(args, kwargs)
         tokens = tokens.long()
@@ -177,6 +232,8 @@ def sample(solve: Callable, case: Case, device: str) -> None:
 
 def logsumexps(solve: Callable, case: Case, device: str) -> None:
     """``solve`` returns the log-sum-exp of each model."""
-    args, kwargs = case.inputs(0, device, device)
-    for name, got, x in zip(("policy", "ref"), solve(args, kwargs), args, strict=True):
-        close(f"log-sum-exp of the {name}", got, x.double().logsumexp(-1), 1e-4)
+    known = of_case(case, device)
+    found = solve(*known.inputs())
+    wanted = known.once("log-sum-exps", lambda args, _: [x.double().logsumexp(-1) for x in args])
+    for name, got, want in zip(("policy", "ref"), found, wanted, strict=True):
+        close(f"log-sum-exp of the {name}", got, want, 1e-4)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import itertools
 import math
 import re
@@ -24,6 +25,8 @@ CAP_BYTES = 2 * 10**9
 # short calls are repeated inside a sample until it lasts so long
 SAMPLE_SECONDS = 1e-3
 LEAST_ROUNDS, LEAST_ROUNDS_IF_SLOW, MOST_ROUNDS = 5, 3, 100
+# what disturbs a call so long is averaged within it
+LONG_SECONDS, ROUNDS_IF_LONG = 1.0, 2
 GRAPH_REPLAYS = 20
 # rows and columns of the matrices whose product is a limit
 GEMM = {"cpu": 2048, "cuda": 8192}
@@ -66,9 +69,31 @@ def interleave(
     """Round by round each variant gives one sample, so that drift of the machine hits all alike.
 
     About ``seconds`` for each variant in all, but no fewer than 5 rounds; 3 for one whose single
-    call takes longer than that. ``warm``: each has been called already.
+    call takes longer than that, and 2 if it takes over a second. ``warm``: each has been called
+    already.
     """
-    counts, samples, slow, round_seconds = {}, {}, set(), 0.0
+    with _collected():
+        return _interleave(variants, device, seconds, warm)
+
+
+@contextlib.contextmanager
+def _collected() -> Iterator[None]:
+    """Garbage is looked for in what comes from here on, not in every object of every library.
+
+    That takes a third of a second each time that memory is measured, or falls into a sample.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _interleave(
+    variants: dict[str, Variant], device: str, seconds: float, warm: bool
+) -> dict[str, Timing]:
+    counts, samples, slow, round_seconds = {}, {}, {}, 0.0
     for name, variant in variants.items():
         if not warm:
             # everything that happens once: compilation, tuning, lazy imports, pages
@@ -81,7 +106,7 @@ def interleave(
             start = time.perf_counter()
             samples[name] = [_sample(variant, device, counts[name])]
         if once > seconds:
-            slow.add(name)
+            slow[name] = ROUNDS_IF_LONG if once > LONG_SECONDS else LEAST_ROUNDS_IF_SLOW
         else:
             round_seconds += time.perf_counter() - start
     quick = len(variants) - len(slow)
@@ -91,7 +116,7 @@ def interleave(
     # that was the first round
     for turn in range(1, rounds):
         for name, variant in variants.items():
-            if turn < LEAST_ROUNDS_IF_SLOW or name not in slow:
+            if turn < slow.get(name, rounds):
                 samples[name].append(_sample(variant, device, counts[name]))
     return {
         name: _timing(variant, device, samples[name], counts[name])

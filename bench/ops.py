@@ -1,6 +1,5 @@
 """Problems of our ops with their contenders, and the rows that measuring them gives."""
 
-import dataclasses
 import functools
 import sys
 import warnings
@@ -14,8 +13,8 @@ from bench import cli, gates, profile
 from bench.measure import Rotation, Timing, Variant, first_line, interleave
 from bench.problem import Contender, Problem
 from bench.text import number, percent
-from nlhf_kernels.testing import Case, check, traffic
-from nlhf_kernels.testing.check import unavailable
+from nlhf_kernels.testing import Case, traffic
+from nlhf_kernels.testing.check import check_by, unavailable
 
 MODES = ("fwd", "bwd", "fwd+bwd")
 # how a contender may fail; anything else is a fault of the bench
@@ -30,9 +29,9 @@ MOST_IN_GRAPH = 512
 def problem(case: Case, device: str, chosen: Sequence[str], rivals: Sequence[Contender]) -> Problem:
     """A case for our backends ``chosen``, and for ``rivals``."""
     sampler = case.op == "mixture_sample"
-    own = [_own(case, backend, device) for backend in chosen]
-    if not sampler:
-        own += [_own(case, backend, device, inplace=True) for backend in chosen]
+    ways = (False,) if sampler else (False, True)
+    # a backend in place is judged by the same log-probabilities of its own as just before
+    own = [_own(case, backend, device, inplace) for backend in chosen for inplace in ways]
     return Problem(
         op=case.op,
         shape=case.why,
@@ -70,9 +69,8 @@ def _own(case: Case, backend: str, device: str, inplace: bool = False) -> Conten
         elif backend == "eager" and case.op == "pairwise_pg_loss":
             gates.pg_loss(first, case, device)
         else:
-            more = {"inplace_backward": True} if inplace else {}
-            gated = dataclasses.replace(case, options=case.options | more)
-            check(gated, backend, device=device, generate_on=device, by_own_logprobs=True)
+            known = gates.of_case(case, device)
+            check_by(known, case.op, backend, by_own_logprobs=True, inplace=inplace)
 
     return Contender(
         name=f"{backend}, in place" if inplace else backend,
@@ -89,10 +87,13 @@ def _own(case: Case, backend: str, device: str, inplace: bool = False) -> Conten
 
 def judge(problem: Problem) -> dict[str, tuple[str, str]]:
     """name -> (status, why it is not "ok") of each contender."""
-    return {
-        c.name: ("missing", c.missing) if c.missing else _tried(c, c.gate)
-        for c in problem.contenders
-    }
+    try:
+        return {
+            c.name: ("missing", c.missing) if c.missing else _tried(c, c.gate)
+            for c in problem.contenders
+        }
+    finally:
+        gates.forget()
 
 
 def _tried(contender: Contender, action: Callable[[], object]) -> tuple[str, str]:

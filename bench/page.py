@@ -41,8 +41,10 @@ One optimiser step of Nash-MD: `rollout` generates y and y', `scoring` asks a sm
 the preference, `update` is the rest; the reference's log-probabilities come from the rollout of
 `nlhf`, and are a forward pass in the update of the others. `plain loop` is ordinary PyTorch with
 one key-value cache per model; `bare forwards` runs the forward passes of both models for as many
-tokens and nothing else, which is the limit of a rollout; on a GPU so is reading weights and caches
-once a token. Peak memory is of the whole process, or of the device; the state is what was there
+tokens and nothing else, which is the limit of a rollout on transformers' own layers; `nlhf` has
+linear layers of its own on the CPU (`skinny_linear`). The limit of any is `reading weights and
+caches` from memory once a token. All recompute activations in the update, as TRL does by default.
+Peak memory is of the whole process, or of the device; the state is what was there
 before the step and is there after it: weights, gradients, optimiser.
 """
 

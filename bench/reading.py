@@ -1,4 +1,4 @@
-"""The least time of a rollout on a GPU: every weight and every live cache read once a token."""
+"""The least time of a rollout: every weight and every live cache read once a token."""
 
 import torch
 

@@ -7,8 +7,9 @@ counts weights, gradients, the optimiser's moments and, on the CPU, the process 
 
   nlhf     the public API            graphs  the same with CUDA graphs (on CUDA)
   plain    transformers, one cache a model, two loops, torch.multinomial, log_softmax
-  bare     the forward passes alone that the rollout of nlhf cannot avoid, alternating with it
-  reading  the time of reading weights and caches once a token (on CUDA)
+  bare     the forward passes alone that a rollout on transformers' layers cannot avoid, alternating
+           with that of nlhf, which has linear layers of its own on the CPU
+  reading  the time of reading weights and caches once a token
   rlhf     policy gradient on a reward: one response a prompt (what NLHF costs beyond it)
   trl      NashMDTrainer of trl==1.13.0, in the mode that is right: without a cache
 
@@ -44,7 +45,7 @@ VARIANTS = {
     "rlhf": "rlhf",
     "trl": "trl 1.13.0",
 }
-CUDA_ONLY = ("reading", "graphs")
+CUDA_ONLY = ("graphs",)
 # limits, and another algorithm
 NO_RIVALS = [VARIANTS[name] for name in ("reading", "bare", "rlhf")]
 FAULTS = {"cached": "trl 1.13.0, use_cache", "lora": "trl 1.13.0, LoRA"}

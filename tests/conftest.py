@@ -1,5 +1,6 @@
 """Where tests run: every backend on every device it has here, Triton interpreted without a GPU."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ os.environ.pop("NLHF_BACKEND", None)
 import pytest
 
 from nlhf_kernels import registry
-from nlhf_kernels.testing import OPS
+from nlhf_kernels.testing import OPS, Case
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
@@ -31,6 +32,15 @@ class Target(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.backend}-{self.device}"
+
+
+# of a machine that is measured in tests
+LIMITS = {
+    "read": (10.0, "GB/s"),
+    "copy": (8.0, "GB/s"),
+    "gemm float32": (0.1, "TFLOP/s"),
+    "gemm bfloat16": (0.2, "TFLOP/s"),
+}
 
 
 def why_not(backend: str) -> str:
@@ -94,6 +104,36 @@ def real_pairs() -> Path:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread():
+    """Tiny tensors: a second thread gains nothing, and on a busy machine all wait for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def small_bench(monkeypatch):
+    """A machine with a small cache and known limits, whose ops have small shapes."""
+    import bench.__main__ as cli
+    from bench import measure
+
+    monkeypatch.setattr(measure, "cache_bytes", lambda device: 2**18)
+    monkeypatch.setattr(measure, "limits", lambda device: LIMITS)
+    monkeypatch.setattr(cli, "QUICK_SECONDS", 0.02)
+    monkeypatch.setattr(cli, "SECONDS", {"cpu": 0.02})
+    for op, entry in OPS.items():
+        shape = (4, 1100) if op == "mixture_sample" else (2, 3, 1100)
+        masked = {"masked": "none"} if op == "pairwise_pg_loss" else {}
+        cases = (Case(op, "tiny-1b, first", shape, torch.float32, masked),
+                 Case(op, "other-2b, second", shape, torch.bfloat16, masked))  # fmt: skip
+        monkeypatch.setitem(OPS, op, dataclasses.replace(entry, bench={"cpu": cases}))
+    measure._flushing.cache_clear()
+    yield
+    measure._flushing.cache_clear()
 
 
 @pytest.fixture

@@ -1,10 +1,9 @@
 """The bench: what it refuses to time, what it times, and what its limits and flags mean."""
 
-import dataclasses
+import functools
+import gc
 import itertools
 import json
-import subprocess
-import sys
 import time
 
 import pytest
@@ -12,42 +11,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench.__main__ as cli
-from bench import compare, heads, measure, ops, peers
+from bench import gates, heads, measure, ops, peers
 from bench.measure import Rotation, Timing, Variant, interleave
 from bench.problem import Contender, Problem
-from nlhf_kernels.testing import OPS, Case
-from nlhf_kernels.testing.cases import BF16, F32
+from nlhf_kernels.testing import OPS
+from nlhf_kernels.testing.cases import F32
+from nlhf_kernels.testing.check import Answers
+from tests.conftest import LIMITS
 from tests.wrong_kernels import BUGS, Kernels
 
-LIMITS = {
-    "read": (10.0, "GB/s"),
-    "copy": (8.0, "GB/s"),
-    "gemm float32": (0.1, "TFLOP/s"),
-    "gemm bfloat16": (0.2, "TFLOP/s"),
-}
-ROW = {
-    "kind", "op", "shape", "dims", "dtype", "mode", "variant", "peer", "status", "note", "ms",
-    "calls", "gbps", "tflops", "limit", "share", "cpu_us", "peak_mb", "cached",
-}  # fmt: skip
-STAMP = {"run", "commit", "dirty", "device", "threads", "versions"}
-
-
-@pytest.fixture(autouse=True)
-def _small(monkeypatch):
-    """A machine with a small cache and known limits, whose ops have small shapes."""
-    monkeypatch.setattr(measure, "cache_bytes", lambda device: 2**18)
-    monkeypatch.setattr(measure, "limits", lambda device: LIMITS)
-    monkeypatch.setattr(cli, "QUICK_SECONDS", 0.02)
-    monkeypatch.setattr(cli, "SECONDS", {"cpu": 0.02})
-    for op, entry in OPS.items():
-        shape = (4, 1100) if op == "mixture_sample" else (2, 3, 1100)
-        masked = {"masked": "none"} if op == "pairwise_pg_loss" else {}
-        cases = (Case(op, "tiny-1b, first", shape, F32, masked),
-                 Case(op, "other-2b, second", shape, BF16, masked))  # fmt: skip
-        monkeypatch.setitem(OPS, op, dataclasses.replace(entry, bench={"cpu": cases}))
-    measure._flushing.cache_clear()
-    yield
-    measure._flushing.cache_clear()
+pytestmark = pytest.mark.usefixtures("small_bench")
 
 
 def contender(name="someone", run=None, gate=lambda: None, **more) -> Contender:
@@ -132,6 +105,60 @@ def test_who_is_missing_is_not_asked():
     assert rows["fwd", "absent"]["note"] == "not installed"
 
 
+@pytest.fixture
+def worked_out(monkeypatch) -> list[str]:
+    """The names of what gates have worked out."""
+    made, once = [], Answers.once
+
+    def counted(self, name, make, by=None):
+        return once(self, name, lambda *inputs: made.append(name) or make(*inputs), by)
+
+    monkeypatch.setattr(Answers, "once", counted)
+    return made
+
+
+def test_what_is_right_is_worked_out_once(op, worked_out, monkeypatch):
+    monkeypatch.setattr(peers, "compiled", lambda function: function)
+    case = OPS[op].bench["cpu"][0]
+    found = ops.judge(ops.problem(case, "cpu", ["eager", "cpp"], peers.contenders(case, "cpu")))
+    assert len([status for status, _ in found.values() if status == "ok"]) > 4
+    assert (
+        worked_out
+        == {
+            "mixture_sample": ["draw", "mixture", "log-sum-exps"],
+            "token_logprobs": ["log-probabilities", "oracle"],
+            "pairwise_pg_loss": ["loss of 3", "oracle"],
+        }[op]
+    )
+    assert not gates._latest, "kept beyond the problem"
+
+
+def test_what_is_right_of_a_head_is_worked_out_once(worked_out, monkeypatch):
+    monkeypatch.setattr(heads, "compiled", lambda function: function)
+    found = ops.judge(heads.problem(heads.Head("tiny", 70, 16, 300, F32), "cpu"))
+    assert len([status for status, _ in found.values() if status == "ok"]) > 4
+    assert worked_out == ["oracle"]
+    assert not gates._latest
+
+
+def test_who_writes_over_its_inputs_spoils_nobody_else():
+    case = OPS["token_logprobs"].bench["cpu"][0]
+
+    def spoil(args, kwargs):
+        found = peers.log_softmax(args, kwargs)
+        for x in args:
+            x.data.zero_()
+        return found[0] + 1, None
+
+    def rival(name, solve):
+        return contender(name, gate=functools.partial(gates.logprobs, solve, case, "cpu"))
+
+    rivals = [rival("spoiler", spoil), rival("honest", peers.log_softmax), rival("again", spoil)]
+    found = ops.judge(ops.problem(case, "cpu", ["eager", "cpp"], rivals))
+    wrong = {name for name, (status, _) in found.items() if status == "wrong"}
+    assert wrong == {"spoiler", "again"}
+
+
 # ---- times
 
 
@@ -166,6 +193,33 @@ def test_short_calls_are_repeated_and_slow_ones_have_fewer_rounds():
     assert found["short"].calls > 100
     found = interleave({"slow": Variant(lambda _: time.sleep(0.02))}, "cpu", 0.01)
     assert found["slow"].calls == measure.LEAST_ROUNDS_IF_SLOW
+
+
+def test_calls_over_a_second_have_two_samples(monkeypatch):
+    monkeypatch.setattr(measure, "LONG_SECONDS", 0.01)
+    variants = {
+        "long": Variant(lambda _: time.sleep(0.02)),
+        "short": Variant(lambda _: time.sleep(0.001)),
+    }
+    found = interleave(variants, "cpu", 0.005)
+    assert (found["long"].calls, found["short"].calls >= measure.LEAST_ROUNDS) == (2, True)
+    # a budget above a second is filled
+    assert interleave(variants, "cpu", 0.1)["long"].calls >= measure.LEAST_ROUNDS
+
+
+def test_the_collector_is_as_it_was_after_measuring():
+    before = gc.get_freeze_count()
+    seen = []
+    interleave({"x": Variant(lambda _: seen.append(gc.get_freeze_count()))}, "cpu", 0.01)
+    assert min(seen) > before
+    assert gc.get_freeze_count() == before
+
+    def fail(_):
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interleave({"x": Variant(fail)}, "cpu", 0.01)
+    assert gc.get_freeze_count() == before
 
 
 def test_a_backward_is_timed_without_its_forward():
@@ -319,147 +373,7 @@ def test_buffers_of_limits_are_larger_than_the_cache(monkeypatch):
     assert measure.buffer_bytes("cpu") >= min(measure.CAP_BYTES - 2**13, 3 * cache)
 
 
-# ---- the command line
-
-
-def run_json(capsys, *flags) -> list[dict]:
-    assert cli.main([*flags, "--json"]) == 0
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-
-
-def test_rows_have_every_field(op, capsys):
-    rows = run_json(capsys, "--op", op, "--quick", "--no-peers")
-    assert all(row.keys() >= STAMP for row in rows)
-    limits, found = ([row for row in rows if row["kind"] == kind] for kind in ("limit", "op"))
-    assert {row["name"]: (row["value"], row["unit"]) for row in limits} == LIMITS
-    mode = "fwd" if op == "mixture_sample" else "fwd+bwd"
-    for row in found:
-        assert row.keys() == ROW | STAMP
-        assert (row["op"], row["shape"], row["mode"]) == (op, "tiny-1b, first", mode)
-        assert row["dims"]["V"] == 1100
-        assert (row["status"], row["note"], row["peer"]) == ("ok", "", False)
-        assert row["ms"] == sorted(row["ms"])
-        assert row["gbps"] == pytest.approx(row["share"] * LIMITS[row["limit"]][0], rel=1e-3)
-    in_place = {"eager, in place", "cpp, in place"} if mode != "fwd" else set()
-    assert {row["variant"] for row in found} == {"eager", "cpp"} | in_place
-
-
-def test_shapes_are_named_by_their_beginnings(capsys):
-    flags = ["--op", "mixture_sample", "--backend", "cpp", "--no-peers"]
-    assert [row["shape"] for row in run_json(capsys, *flags) if row["kind"] == "op"] == [
-        "tiny-1b, first", "other-2b, second",
-    ]  # fmt: skip
-    rows = run_json(capsys, *flags, "--shape", "other-2b")
-    assert [row["shape"] for row in rows if row["kind"] == "op"] == ["other-2b, second"]
-
-
-def test_a_whole_name_is_no_beginning(monkeypatch):
-    cases = tuple(Case("mixture_sample", f"tiny-1b, B={B}", (B, 50)) for B in (16, 1))
-    entry = dataclasses.replace(OPS["mixture_sample"], bench={"cpu": cases})
-    monkeypatch.setitem(OPS, "mixture_sample", entry)
-
-    def shapes(*wanted):
-        flags = ["--op", "mixture_sample", "--no-peers", "--shape", *wanted]
-        return [p.shape for p in cli.select(cli.parser().parse(flags))]
-
-    assert shapes("tiny-1b, B=1") == ["tiny-1b, B=1"]
-    assert shapes("tiny") == ["tiny-1b, B=16", "tiny-1b, B=1"]
-    assert shapes("tiny-1b, B=1", "tiny-1b, B=16") == ["tiny-1b, B=16", "tiny-1b, B=1"]
-
-
-def test_the_first_shape_of_every_op_comes_first():
-    chosen = cli.select(cli.parser().parse(["--no-peers"]))
-    assert [p.op for p in chosen[:4]] == [*OPS, heads.OP]
-    assert [p.shape for p in chosen[:3]] == ["tiny-1b, first"] * 3
-
-
-def test_quick_compiles_nothing_and_no_peers_means_none(monkeypatch):
-    def rivals(case, device):
-        return (contender("torch.compile"), contender("another"))
-
-    monkeypatch.setattr(peers, "contenders", rivals)
-
-    def names(*flags):
-        (found,) = cli.select(cli.parser().parse(["--op", "mixture_sample", "--quick", *flags]))
-        return [c.name for c in found.contenders]
-
-    assert names() == ["eager", "cpp", "another"]
-    assert names("--no-peers") == ["eager", "cpp"]
-    assert names("--no-peers", "--backend", "cpp") == ["cpp"]
-    heads_of = cli.select(cli.parser().parse(["--op", heads.OP, "--no-peers", "--backend", "cpp"]))
-    assert all("cpp" in c.name for p in heads_of for c in p.contenders)
-
-
-def test_a_backend_that_cannot_run_here_is_named_as_missing(monkeypatch, capsys):
-    flags = ["--op", "mixture_sample", "--backend", "cuda", "--no-peers", "--quick"]
-    (row,) = (row for row in run_json(capsys, *flags) if row["kind"] == "op")
-    assert row["status"] == "missing"
-    assert "no cuda implementation" in row["note"]
-
-
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        (["--op", "nope"], "mixture_sample"),
-        (["--backend", "nope"], "eager"),
-        (["--shape", "nope"], "tiny-1b, other-2b"),
-        (["--mode", "nope"], "fwd+bwd"),
-        (["--op", "mixture_sample", "--mode", "bwd"], "fwd only"),
-        (["--device", "cuda"], "no CUDA device"),
-        (["--rounds", "3"], "--base"),
-        (["--profile", "x", "--save"], "--save"),
-        (["nope"], "unrecognized"),
-    ],
-    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
-)
-def test_bad_flags_end_in_one_line(flags, named, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cli.main(flags) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert len(printed.err.splitlines()) == 1
-    assert named in printed.err
-
-
-def test_the_module_runs():
-    command = [sys.executable, "-m", "bench", "--op", "nope"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert len(result.stderr.splitlines()) == 1
-    assert heads.OP in result.stderr
-
-
-def test_parts_get_their_own_flags(monkeypatch):
-    from bench import report
-
-    monkeypatch.setattr(report, "main", lambda argv: ("report", argv))
-    assert cli.main(["report", "--check"]) == ("report", ["--check"])
-
-
-@pytest.mark.parametrize("base", [["--base", "main"], ["--base=main"]], ids=" ".join)
-def test_a_comparison_gets_the_other_flags(base, monkeypatch):
-    monkeypatch.setattr(compare, "main", lambda ref, argv: (ref, argv))
-    flags = ["--op", "mixture_sample", "--rounds", "3"]
-    assert cli.main([*flags[:2], *base, *flags[2:]]) == ("main", flags)
-
-
-def test_profile_leaves_a_trace_of_each_contender(tmp_path, capsys):
-    flags = ["--op", "token_logprobs", "--shape", "tiny", "--no-peers", "--profile", str(tmp_path)]
-    assert cli.main(flags) == 0
-    trace = (tmp_path / "trace.json").read_text()
-    for name in ("eager", "cpp"):
-        assert f'"token_logprobs[{name}]"' in trace
-        assert f'"token_logprobs[{name}] backward"' in trace
-
-
-def test_what_a_peer_prints_stays_off_the_rows(monkeypatch, capsys):
-    def talk(args, kwargs):
-        sys.stdout.write("hello\n")
-        return args[0] * 2
-
-    monkeypatch.setattr(cli, "select", lambda arguments: [problem(contender(run=talk))])
-    rows = run_json(capsys)
-    assert {row["kind"] for row in rows} == {"limit", "op"}
+# ---- the table
 
 
 def test_the_table_names_who_is_missing_once():

@@ -10,7 +10,8 @@ import types
 import pytest
 import torch
 
-from bench import gates, heads, peers
+import nlhf_kernels as nk
+from bench import gates, heads, layers, peers
 from nlhf_kernels.testing.cases import BF16, F32, Case
 from tests.test_sampling import surprise
 
@@ -331,3 +332,31 @@ def test_problems_of_heads_say_what_they_cost():
     (hidden, weight, tokens), kwargs = heads.problem(HEAD, DEVICE).inputs()
     assert [tuple(x.shape) for x in (hidden, weight, tokens)] == [(70, 16), (300, 16), (70,)]
     assert not kwargs
+
+
+# ---- linear layers
+
+
+LAYER = layers.Layer("small", 3, 128, 40)
+
+
+@pytest.mark.parametrize("name", [c.name for c in layers.contenders(LAYER)])
+def test_gates_of_layers_reject_a_wrong_output(name):
+    (honest,) = (c for c in layers.contenders(LAYER) if c.name == name)
+    assert honest.missing == ""
+    honest.gate()
+
+    def wrong(*args):
+        output = honest.run(args, {}).clone()
+        output[2, 127] += 1e-2
+        return output
+
+    with pytest.raises(AssertionError, match="outputs"):
+        layers.require(wrong, LAYER)
+
+
+def test_layers_are_the_cpus_and_what_is_not_here_is_named(monkeypatch):
+    assert not layers.problems("cuda")
+    monkeypatch.setattr(nk, "reason", lambda op, backend, device: f"no {backend}")
+    ours = [c for c in layers.contenders(LAYER) if not c.peer]
+    assert [c.missing for c in ours] == ["no cpp", "no eager"]

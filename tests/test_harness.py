@@ -10,7 +10,9 @@ from nlhf_kernels import eager
 from nlhf_kernels.testing import OPS, Case, check, traffic
 from nlhf_kernels.testing.check import (
     TOLERANCE,
+    Answers,
     Snapshot,
+    check_by,
     compare,
     oracle,
     poisoned_memory,
@@ -157,6 +159,52 @@ def test_an_oracle_in_parts_is_the_whole(loss):
         compare("an output", y, x, x.dtype)
     one, other = (torch.cat([x for _, x in result.gradients]) for result in (whole, parts))
     compare("the gradient", other, one, torch.float64)
+
+
+def test_answers_are_worked_out_once_and_given_in_copies():
+    base = torch.full((3, 7), torch.nan)
+    view = base[:, 1:5].copy_(torch.zeros(3, 4))
+    answers, made = Answers(((view,), {"x": 3})), []
+
+    def make(args, kwargs):
+        made.append(args)
+        return len(made)
+
+    assert [answers.once("one", make) for _ in range(2)] == [1, 1]
+    assert answers.once("another", make) == 2
+    # what it depends on may be another tensor with the same values, or overwritten later
+    for number, by in ((3, torch.zeros(2)), (4, torch.ones(2)), (5, torch.ones(2).double())):
+        assert [answers.once("by", make, by.clone()) for _ in range(2)] == [number] * 2
+        assert answers.once("by", make, by) == number
+        by.fill_(7)
+    assert answers.once("one", make) == 1
+
+    (copy,), kwargs = answers.inputs()
+    assert kwargs == {"x": 3}
+    assert copy.stride() == view.stride()
+    assert copy.storage_offset() == 1
+    # with the memory around it
+    around = torch.empty(0).set_(copy.untyped_storage())
+    assert torch.equal(around.isnan(), base.flatten().isnan())
+    copy.fill_(1)
+    assert torch.equal(answers.inputs()[0][0], view)
+
+
+@pytest.mark.parametrize("of", OPS)
+def test_the_same_answers_judge_the_honest_and_the_wrong(of, plant):
+    """In either order, and the wrong cannot spoil what the next is judged by."""
+    case = OPS[of].tests[0]
+    answers = Answers(case.inputs())
+    rejected = 0
+    for bug in wrong_kernels.BUGS[of]:
+        for by_own in (False, True):
+            wrong = plant(Kernels(bug).table())
+            try:
+                check_by(answers, of, wrong, by_own_logprobs=by_own)
+            except AssertionError:
+                rejected += 1
+            check_by(answers, of, plant(Kernels("").table()), by_own_logprobs=by_own)
+    assert rejected > 6
 
 
 # ---- cases
