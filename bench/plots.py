@@ -95,7 +95,12 @@ def _steps(rows: list[Row]) -> list[dict]:
     for device in _all_devices(rows):
         for title, group in by_setting([r for r in ok(rows) if r["device"] == device]).items():
             bars = [
-                [r["variant"], [seconds(r, p) or 0.0 for p in PHASES]]
+                # the median step is not quite the sum of its phases' medians; limits have no step
+                [
+                    r["variant"],
+                    [seconds(r, p) or 0.0 for p in PHASES],
+                    seconds(r, "step") or seconds(r, "rollout"),
+                ]
                 for r in sorted(group, key=step_order)
             ]
             if sum(map(competes, group)) > 1:
@@ -186,17 +191,17 @@ def _draw_ops(panels: list[dict]):
 def _draw_steps(panels: list[dict]):
     figure, axes = _stacked([len(panel["bars"]) for panel in panels])
     for axis, panel in zip(axes, panels, strict=True):
-        names = [name for name, _ in panel["bars"]]
+        names = [name for name, _, _ in panel["bars"]]
         left = [0.0] * len(names)
         for k, (phase, colour) in enumerate(
             zip(PHASES, ("#0072B2", "#E69F00", "#BBBBBB"), strict=True)
         ):
-            widths = [spent[k] for _, spent in panel["bars"]]
+            widths = [spent[k] for _, spent, _ in panel["bars"]]
             axis.barh(range(len(names)), widths, left=left, color=colour, height=0.65, label=phase)
             left = [a + b for a, b in zip(left, widths, strict=True)]
-        for at, total in enumerate(left):
+        for at, (end, (*_, whole)) in enumerate(zip(left, panel["bars"], strict=True)):
             axis.annotate(
-                f"{number(total)} s", (total, at), xytext=(4, 0), textcoords="offset points",
+                f"{number(whole)} s", (end, at), xytext=(4, 0), textcoords="offset points",
                 va="center",
             )  # fmt: skip
         axis.set_yticks(range(len(names)), names)

@@ -20,8 +20,10 @@ from pathlib import Path
 import torch
 
 import nlhf_kernels as nk
-from nlhf_kernels.testing import OPS
+from nlhf_kernels import testing
 
+# the last runs on the CPU only, where there is no Nsight
+OPS = (*testing.OPS, "skinny_linear")
 _active = False
 
 
@@ -74,7 +76,7 @@ def range(name: str) -> Iterator[None]:
 def commands(folder: Path) -> list[str]:
     """This very run once more, under Nsight Systems and under Nsight Compute."""
     again = shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])
-    ops = " ".join(f"--nvtx-include {op}/" for op in OPS)
+    ops = " ".join(f"--nvtx-include {op}/" for op in testing.OPS)
     # scope process: backward kernels are launched from a thread of autograd's own. The clocks stay
     # as they are: on a shared machine they are not ours to set
     return [

@@ -11,13 +11,15 @@ import nlhf_kernels as nk
 
 # from so many rows on a general product is as fast
 _ROWS = 16
+# with fewer weights the call costs more than the product saves
+_WEIGHTS = 2**17
 
 
 @contextlib.contextmanager
 def skinny(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside it the float32 linear layers of these models use ``nk.skinny_linear`` for few rows.
+    """Inside it large float32 linear layers of these models use ``nk.skinny_linear`` for few rows.
 
-    Only where a gradient is not asked for, and where the compiled backend is there.
+    For passes without a gradient; nothing changes where the compiled backend is not there.
     """
     try:
         here = nk.resolve("skinny_linear", "cpu") == "cpp"
@@ -41,7 +43,7 @@ def _fits(layer: nn.Module) -> bool:
         return False
     weight = layer.weight
     plain = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return plain and weight.is_contiguous()
+    return plain and weight.is_contiguous() and weight.numel() >= _WEIGHTS
 
 
 def _forward(layer: nn.Linear, input: Tensor) -> Tensor:

@@ -140,11 +140,12 @@ class Wrapped(nn.Linear):
 def model() -> nn.Sequential:
     hooked = nn.Linear(8, 8)
     hooked.forward = lambda input: input
-    layers = [nn.Linear(8, 8), Wrapped(8, 8), hooked, nn.Linear(8, 8).double()]
+    layers = [nn.Linear(8, 8), Wrapped(8, 8), hooked, nn.Linear(8, 8).double(), nn.Linear(7, 9)]
     return nn.Sequential(*layers).requires_grad_(False)
 
 
 def counted(monkeypatch) -> list[int]:
+    monkeypatch.setattr(linears, "_WEIGHTS", 64)
     seen = []
     inner = nk.skinny_linear
 
@@ -167,6 +168,7 @@ def test_plain_float32_layers_with_few_rows_alone_are_replaced(monkeypatch):
             torch.testing.assert_close(layers[1](x[:M]), Wrapped.forward(layers[1], x[:M]))
             assert layers[2](x[:M]).equal(x[:M])
             assert layers[3](x[:M].double()).dtype == torch.float64
+            assert layers[4](x[:M, :7]).shape == (M, 9)
     assert seen == [15]
     layers[0](x[:2])
     assert seen == [15]
@@ -174,10 +176,15 @@ def test_plain_float32_layers_with_few_rows_alone_are_replaced(monkeypatch):
     assert "forward" in vars(layers[2])
 
 
-def test_layers_are_their_own_again_after_an_error():
+def test_layers_are_their_own_again_after_an_error(monkeypatch):
+    counted(monkeypatch)
     layers = model()
-    with pytest.raises(RuntimeError, match="stop"), linears.skinny([layers]):
-        raise RuntimeError("stop")
+    context = linears.skinny([layers])
+    context.__enter__()
+    assert "forward" in vars(layers[0])
+    stop = RuntimeError("stop")
+    with pytest.raises(RuntimeError, match="stop"):
+        context.__exit__(type(stop), stop, None)
     assert "forward" not in vars(layers[0])
 
 
