@@ -5,8 +5,8 @@
 
 namespace nlhf {
 
-// y (M, N) = x (M, D) times the transpose of w (N, D); all dense, none empty. A row of y is the same
-// to the bit whatever the other rows, and however many threads there are.
+// y (M, N) = x (M, D) times the transpose of w (N, D); all dense, none empty. A row of y is the
+// same to the bit whatever the other rows, and however many threads there are.
 void skinny_linear(const float* x, const float* w, float* y, int64_t M, int64_t N, int64_t D);
 
 }  // namespace nlhf
