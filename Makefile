@@ -68,9 +68,9 @@ peers: build .venv-trl/.ready  ## what the bench compares with, as far as it ins
 	touch $@
 
 .PHONY: bench
-bench: peers  ## every figure of docs/benchmarks.md for this machine, measured and written there
+bench: peers  ## the standing run: ops, whole steps, scaling; written to docs/benchmarks.md
 	$(BIN)/python -m bench --save
-	$(BIN)/python -m bench step --save
+	$(BIN)/python -m bench step --wrong-too --save
 	$(BIN)/python -m bench step --efficiency --save
 	$(BIN)/python -m bench scaling --save
 	env -u TRITON_INTERPRET $(BIN)/python -m bench aot --save

@@ -14,7 +14,8 @@ on this page is typed by hand.
 HOW = """\
 ## How to repeat
 
-`make bench` measures on the CPU, `make gpu` on a CUDA GPU. The rows of every run are added to
+`make bench` measures on the CPU, `make gpu` on a CUDA GPU; steps of 256 tokens are a run of their
+own, `python -m bench step --new-tokens 256 --save`. The rows of every run are added to
 `bench/results`, where nothing is ever changed; of each figure the latest row is shown.
 
 **Gate.** A variant, ours or a peer, is timed only after its results on that very problem agree

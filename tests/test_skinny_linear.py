@@ -12,8 +12,8 @@ from nlhf_kernels.testing import TOLERANCE
 from nlhf_kernels.testing.check import poisoned_memory
 from tests.conftest import why_not
 
-if why := why_not("cpp"):
-    pytest.skip(f"cpp: {why}", allow_module_level=True)
+# the rest is of every machine
+needs_cpp = pytest.mark.skipif(bool(why_not("cpp")), reason=f"cpp: {why_not('cpp')}")
 
 # every block of rows (8, 4, 2, 1), odd columns, several pieces; a width below, at and beside each
 # register's, and none at all
@@ -42,6 +42,7 @@ def linear(*args, **kwargs):
         return nk.skinny_linear(*args, backend="cpp", **kwargs)
 
 
+@needs_cpp
 @pytest.mark.parametrize(("N", "D"), SHAPES)
 @pytest.mark.parametrize("M", ROWS)
 def test_matches_float64(M, N, D):
@@ -56,6 +57,7 @@ def test_matches_float64(M, N, D):
         assert ((got - want).abs() <= scale * torch.finfo(torch.float32).eps).all()
 
 
+@needs_cpp
 def test_a_row_is_the_same_whatever_the_others_and_the_threads():
     x, w, bias = inputs(23, 577, 100)
     before = torch.get_num_threads()
@@ -69,6 +71,7 @@ def test_a_row_is_the_same_whatever_the_others_and_the_threads():
         torch.set_num_threads(before)
 
 
+@needs_cpp
 def test_leading_dimensions_strides_and_odd_addresses():
     x, w, bias = inputs(12, 40, 24)
     want = linear(x, w, bias)
@@ -79,6 +82,7 @@ def test_leading_dimensions_strides_and_odd_addresses():
     assert torch.equal(linear(x, moved, bias), want)
 
 
+@needs_cpp
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_infinities_and_nan_stay_in_their_row_and_column(value):
     x, w, _ = inputs(9, 35, 37)
@@ -93,6 +97,7 @@ def test_infinities_and_nan_stay_in_their_row_and_column(value):
     torch.testing.assert_close(got[spoilt], want[spoilt].float(), equal_nan=True)
 
 
+@needs_cpp
 def test_backends_and_the_raw_op():
     x, w, bias = inputs(5, 40, 24)
     rtol, atol = TOLERANCE[torch.float32]
@@ -157,6 +162,7 @@ def counted(monkeypatch) -> list[int]:
     return seen
 
 
+@needs_cpp
 def test_plain_float32_layers_with_few_rows_alone_are_replaced(monkeypatch):
     seen = counted(monkeypatch)
     layers = model()
@@ -176,6 +182,7 @@ def test_plain_float32_layers_with_few_rows_alone_are_replaced(monkeypatch):
     assert "forward" in vars(layers[2])
 
 
+@needs_cpp
 def test_layers_are_their_own_again_after_an_error(monkeypatch):
     counted(monkeypatch)
     layers = model()

@@ -274,6 +274,7 @@ _SAMPLE_BENCH = {
         _decode("qwen2.5-1.5b", 16, BF16),
         _decode("llama2-7b", 16),
         _decode("smollm2-135m", 16),
+        _decode("qwen2.5-7b", 16),
         _decode("llama3-8b", 16),
         _decode("gemma2-9b", 16),
         _decode("gemma2-9b", 64),
