@@ -158,8 +158,10 @@ def test_ctrl_c_removes_the_worktree(repository, tmp_path):
     (repository / "bench" / "__main__.py").write_text(
         f"import pathlib, time; pathlib.Path({str(slow)!r}).touch(); time.sleep(60)"
     )
+    # a shell's background job inherits that Ctrl-C is ignored, and these tests may run in one
     script = (
-        "import sys; from pathlib import Path; from bench import compare\n"
+        "import signal, sys; from pathlib import Path; from bench import compare\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "compare.ROOT = Path(sys.argv[1]); sys.exit(compare.main('HEAD', []))"
     )
     child = subprocess.Popen(
