@@ -43,13 +43,13 @@ test: build  ## the whole test suite
 lint: env  ## ruff and clang-format, checking only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inl' 'csrc/*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
 
 .PHONY: format
 format: env  ## ruff and clang-format, writing
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' | xargs $(BIN)/clang-format -i
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inl' 'csrc/*.cu' | xargs $(BIN)/clang-format -i
 
 .PHONY: aot
 aot: build  ## every Triton kernel and .cu file compiled for sm_80, sm_90 and sm_100, and judged

@@ -36,7 +36,9 @@ setup(
         Pybind11Extension(
             "nlhf_kernels._native",
             sorted(glob("csrc/**/*.cpp", recursive=True)),
-            depends=sorted(glob("csrc/**/*.h", recursive=True)),
+            depends=sorted(
+                glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.inl", recursive=True)
+            ),
             include_dirs=["csrc"],
             cxx_std=17,
             extra_compile_args=[*OPTIMIZE, *OPENMP],

@@ -55,7 +55,7 @@ def jobs() -> list[Job]:
     chosen = []
     for name, kernel in KERNELS.items():
         for place, variant in enumerate(kernel.variants):
-            dtypes = kernel.dtypes or (USUAL if place else tuple(DTYPES))
+            dtypes = kernel.of(variant).dtypes or (USUAL if place else tuple(DTYPES))
             for dtype in dtypes:
                 targets = (PREDICTED,) if dtype == "float64" else ARCHITECTURES
                 chosen += [Job(name, variant, dtype, target) for target in targets]
@@ -71,7 +71,7 @@ def quick(job: Job) -> bool:
 
 def machine_code(job: Job) -> tuple[str, int]:
     """(what cuobjdump says of the kernel, bytes of shared memory of a block)."""
-    kernel = KERNELS[job.kernel]
+    kernel = KERNELS[job.kernel].of(job.variant)
     variant = kernel.variants[job.variant]
     source = ASTSource(kernel.function, *signature(kernel, variant, DTYPES[job.dtype]))
     target = GPUTarget("cuda", job.arch, WARP)
@@ -87,7 +87,7 @@ def machine_code(job: Job) -> tuple[str, int]:
 
 def examine(job: Job) -> dict:
     """The row of one kernel, with what is wrong with it."""
-    kernel = KERNELS[job.kernel]
+    kernel = KERNELS[job.kernel].of(job.variant)
     variant = kernel.variants[job.variant]
     text, shared = machine_code(job)
     code = sass.instructions(text)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import nlhf_kernels as nk
 from nlhf_kernels.testing import Case
-from nlhf_kernels.testing.check import Answers, grad_outputs, widened
+from nlhf_kernels.testing.check import Answers, Draw, grad_outputs, widened
 
 # by dtype of the logits: absolute for log-probabilities, of the norm for gradients
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
@@ -186,11 +186,40 @@ class Mixture:
 FILTERS = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
+# what a sum of probabilities in float32 may miss
+REACH = 1e-6
+
+
+def contract(solve: Callable, args: tuple, kwargs: dict) -> Draw:
+    """What ``check`` holds ours to, its rows sorted by torch: Python takes seconds for each.
+
+    Where top-p ends at another token for a p so near that float32 cannot tell, ``solve`` chooses.
+    """
+    asked = {name: kwargs.get(name, off) for name, off in FILTERS.items()}
+    draw = Draw(*args, **{name: x for name, x in kwargs.items() if name not in FILTERS})
+    if asked == FILTERS:
+        return draw
+
+    def filtered(rows: Tensor | slice, shift: float) -> Tensor:
+        near = asked | ({"top_p": asked["top_p"] + shift} if asked["top_p"] < 1 else {})
+        some = draw.whole[rows]
+        return some.masked_fill(~kept(some, **near), -torch.inf)
+
+    draw.kept = filtered(slice(None), 0.0)
+    claimed, whole = solve(args, kwargs).log_kept_mass, draw.whole.logsumexp(1)
+    for shift in (-REACH, REACH):
+        doubt = ((draw.kept.logsumexp(1) - whole - claimed).abs() > REACH).nonzero()[:, 0]
+        if len(doubt):
+            draw.kept[doubt] = filtered(doubt, shift)
+    return draw
+
+
 def kept(scores: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
     """(B, V) what the filters keep, each on what the one before it left."""
     if (top_k, top_p, min_p) == tuple(FILTERS.values()):
         return torch.ones_like(scores, dtype=torch.bool)
-    ranked, order = scores.sort(-1, descending=True)
+    # of a tie the lowest ids
+    ranked, order = scores.sort(dim=-1, descending=True, stable=True)
     if top_k:
         ranked[:, top_k:] = -torch.inf
     mass = ranked.softmax(-1)

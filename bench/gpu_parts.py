@@ -9,18 +9,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import heads
+from bench.sampling import NAMES as SAMPLING
 from bench.setting import MODELS
 from nlhf_kernels.testing import OPS
 
 PYTHON = sys.executable
 # those with targets on a GPU; tests/conftest.py makes one of every backend there
-TESTS = ("ops", "sampling", "wrong_input", "estimator", "triton", "rollout", "decoding")
+TESTS = (
+    "ops", "sampling", "sampling_exact", "wrong_input", "estimator", "triton", "rollout",
+    "decoding",
+)  # fmt: skip
 # model, LoRA rank
 STEPS = (("qwen2.5-1.5b", 0), ("llama3-8b", 16), ("qwen2.5-0.5b", 0))
 # part -> what stands behind its colon in --only, and what that may be; () is anything
 NARROWED_BY = {
     "check": ("OP", tuple(OPS)),
     "ops": ("OP", (*OPS, heads.OP)),
+    "sampling": ("NAME", SAMPLING),
     "step": ("MODEL", tuple(MODELS)),
     "tests": ("EXPRESSION of pytest -k", ()),
     "sanitizer": ("OP", tuple(OPS)),
@@ -74,6 +79,13 @@ def ops(device: str, only: list[str], out: Path) -> Part:
     arguments = [PYTHON, "-m", "bench", "--device", device, "--json", *_quick(device)]
     arguments += ["--op", ",".join(only)] if only else []
     return Part("ops", 110, (Command("ops", arguments),))
+
+
+def sampling(device: str, only: list[str], out: Path) -> Part:
+    arguments = [PYTHON, "-m", "bench", "sampling", "--device", device, "--json"]
+    # all shapes, and what must be compiled, for who has asked for a part of it
+    arguments += ["--only", ",".join(only)] if only else ["--quick"]
+    return Part("sampling", 60, (Command("sampling", arguments),))
 
 
 def step(device: str, only: list[str], out: Path) -> Part:
@@ -158,6 +170,7 @@ PARTS = {
     "build": build,
     "check": check,
     "ops": ops,
+    "sampling": sampling,
     "step": step,
     "tests": tests,
     "scaling": scaling,

@@ -3,6 +3,8 @@
 import itertools
 from pathlib import Path
 
+from bench import sampling_tables
+
 LINES = 60
 WIDTH = 160
 # lines that a list of failures may take, before it says how many more there are
@@ -16,7 +18,7 @@ def summary(rows: list[dict], reports: list[dict], out: Path) -> list[str]:
     """The lines. What is long gives way, the ops last: they are why one runs this."""
     fixed = [*_head(rows), *_parts(rows, reports), f"rows, logs and this summary: {out}"]
     room = LINES - len(fixed)
-    ops, steps, scaling = _ops(rows), _steps(rows), _scaling(rows)
+    ops, steps, scaling = [*_sampling(rows), *_ops(rows)], _steps(rows), _scaling(rows)
     if len(ops) + len(steps) + len(scaling) > room:
         scaling = _shortened(scaling, FEW["scaling"])
         steps = _shortened(steps, max(FEW["steps"], room - len(ops) - len(scaling)))
@@ -75,7 +77,7 @@ def _place(row: dict) -> str:
         return f"{row['op']}: {row['case']} on {row['backend']} ({row['part']})"
     if row["kind"] == "test":
         return row["test"]
-    if row["kind"] == "op":
+    if row["kind"] in ("op", "sampling"):
         return f"{row['op']} {row['mode']}, {row['shape']}, {row['variant']}"
     return f"{row['kind']} {row.get('variant', '')}"
 
@@ -106,6 +108,22 @@ def _ops(rows: list[dict]) -> list[str]:
             theirs = f"{other['ms'][1] / ours['ms'][1]:.2f} x ours: {theirs}"
         lines.append(f"  {op} {mode}, {shape}, {dtype}: {mine} | {theirs}")
     return lines
+
+
+def _sampling(rows: list[dict]) -> list[str]:
+    """One line: its targets, and the best shares of the copy bandwidth."""
+    found = [r for r in rows if r["kind"] == "sampling" and r.get("ms")]
+    if not found:
+        return []
+    parts = [sampling_tables.verdict(found).lower()]
+    for filters in sampling_tables.TARGETS:
+        ours = [r for r in found if r["filters"] == filters and not r["peer"]]
+        for best in sorted(ours, key=lambda r: r["of_copy"])[-1:]:
+            parts.append(f"{filters} {100 * best['of_copy']:.0f}% of copy ({best['shape']})")
+    graphs = [r for r in found if r["dims"]["B"] == 1 and not r["peer"] and r.get("graph_ms")]
+    for best in sorted(graphs, key=lambda r: r["graph_ms"][1])[:1]:
+        parts.append(f"one row in a graph {1e3 * best['graph_ms'][1]:.3g} us ({best['shape']})")
+    return [f"sampling: {'; '.join(parts)}"]
 
 
 def _mine(row: dict) -> str:

@@ -5,19 +5,35 @@ every element (0: the whole kernel does, straight through), the elements of one 
 iteration, and the bytes that an element moves.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from bench import yardsticks
-from nlhf_kernels.backends.triton import common, mixture_sample, pairwise_pg_loss
+from nlhf_kernels.backends.triton import (
+    common,
+    linear_mixture_sample,
+    mixture_sample,
+    pairwise_pg_loss,
+)
 
 WARP = 32
 LOGITS = ("logits_ptr", "grad_ptr", "policy_ptr", "ref_ptr")
-INTEGERS = ("tokens_ptr", "seed_rows_ptr", "position_rows_ptr", "cu_seqlens_ptr")
-FLOATS = ("temperature", "softcap", "coef", "tau", "baseline")
+HEADS = tuple(
+    f"{model}_{x}_ptr" for model in ("policy", "ref") for x in ("hidden", "weight", "bias")
+)
+INTEGERS = (
+    "tokens_ptr", "seed_rows_ptr", "position_rows_ptr", "top_k_rows_ptr", "cu_seqlens_ptr"
+)  # fmt: skip
+FLOATS = ("temperature", "softcap", "coef", "tau", "baseline", "top_p", "min_p")
 # the values that the launches leave out of the specialisation, or that no hint would fit
-PLAIN = ("length", "batch", "tiles", "seed_low", "seed_high", "position", "seed")
-COUNTERS = ("winner_ptr", "arrived_ptr")
+PLAIN = (
+    "length", "batch", "tiles", "spans", "seed_low", "seed_high", "position", "seed", "top_k",
+    "first_row",
+)  # fmt: skip
+COUNTERS = ("winner_ptr", "arrived_ptr", "lanes_ptr")
 
 ROW = {"BLOCK": common.BLOCK}
 ROW_OPTIONS = {"num_warps": common.WARPS}
@@ -25,11 +41,14 @@ NO_MASK = {"mask_ptr": None}
 NO_ENTROPY = {"entropy_ptr": None, "grad_entropy_ptr": None}
 NO_ROWS = {"coef_rows_ptr": None, "temperature_rows_ptr": None}
 NO_DRAW_ROWS = {**NO_ROWS, "seed_rows_ptr": None, "position_rows_ptr": None}
+NO_FILTER_ROWS = {"top_k_rows_ptr": None, "top_p_rows_ptr": None, "min_p_rows_ptr": None}
 NO_REF = {"ref_ptr": None}
 TILE = common.TILE.value
 # of a row of 152 thousand ids
 TILES = 256
+SAMPLED = {"TILES": TILES, "ORDINARY": True, **NO_DRAW_ROWS}
 FLOAT32 = 4
+SPAN = linear_mixture_sample.BLOCK_V
 
 
 @dataclass(frozen=True)
@@ -40,6 +59,10 @@ class Variant:
     # other bytes of an element
     more: float = 0
     loops: int = 0
+    # where they are not the kernel's
+    options: dict | None = None
+    block: int | None = None
+    dtypes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,6 +81,16 @@ class Kernel:
     # of scalars with a fraction
     floats: str = "fp64"
 
+    def of(self, variant: str) -> "Kernel":
+        """The kernel as it is launched for one variant."""
+        own = self.variants[variant]
+        return dataclasses.replace(
+            self,
+            options=own.options or self.options,
+            block=own.block or self.block,
+            dtypes=own.dtypes or self.dtypes,
+        )
+
     @property
     def threads(self) -> int:
         return WARP * self.options["num_warps"]
@@ -66,6 +99,25 @@ class Kernel:
     def elements(self) -> float:
         """Of one thread, in one iteration."""
         return self.block / self.threads
+
+
+NO_SPAN_ROWS = {k: None for k in NO_DRAW_ROWS if k != "coef_rows_ptr"}
+NO_REF_HEAD = {"ref_hidden_ptr": None, "ref_weight_ptr": None, "ref_bias_ptr": None}
+ONE_HEAD = {"ref_weight_ptr": None, "policy_bias_ptr": None, "ref_bias_ptr": None, **NO_DRAW_ROWS}
+
+
+def _span_variant(rows: int, itemsize: int, without: dict) -> Variant:
+    """A block of so many rows; whatever is not left out is given: a soft cap too."""
+    constants, options = linear_mixture_sample.span_settings(rows, itemsize)
+    heads = 1 if "ref_weight_ptr" in without else 2
+    return Variant(
+        {**constants, **without, "SOFTCAP": not without},
+        values=heads,
+        loops=heads,
+        options=options,
+        block=constants["BLOCK_V"] * constants["BLOCK_D"],
+        dtypes=("float32",) if itemsize == 4 else ("bfloat16", "float16"),
+    )
 
 
 KERNELS = {
@@ -118,38 +170,73 @@ KERNELS = {
         # of numbers per token, which are statistics
         dtypes=("float32", "float64"),
     ),
-    # a program is GROUP tiles; an element is an id, with the logits of each model
+    # a loop reads GROUP tiles and sums them; an element is an id, with the logits of each model.
+    # The draw, which the last program of a row adds, is counted with the other kernel
     "mixture_tile_kernel": Kernel(
         mixture_sample.mixture_tile_kernel,
         mixture_sample.TILE_OPTIONS,
         load_bits=128,
-        registers=104,
-        block=mixture_sample.GROUP * TILE,
+        registers=160,
+        block=mixture_sample.group(torch.float32) * TILE,
         variants={
-            "mixture": Variant(
-                {"GROUP": mixture_sample.GROUP, **NO_ROWS}, values=2, more=6 * FLOAT32 / TILE
+            "mixture": Variant(SAMPLED, values=2, more=6 * FLOAT32 / TILE, loops=1),
+            # both ways of an unlikely branch are counted
+            "rows": Variant(
+                {"TILES": TILES, "ORDINARY": False}, values=2, more=6 * FLOAT32 / TILE, loops=1
             ),
-            "plain": Variant(
-                {"GROUP": mixture_sample.GROUP, **NO_ROWS, **NO_REF},
-                values=1,
-                more=2 * FLOAT32 / TILE,
+            "plain": Variant({**SAMPLED, **NO_REF}, values=1, more=2 * FLOAT32 / TILE, loops=1),
+            "undrawn": Variant(
+                {**SAMPLED, "arrived_ptr": None}, values=2, more=6 * FLOAT32 / TILE, loops=1
             ),
         },
     ),
-    # a program is a row; an element is an id of the one tile that it reads again, with its part of
-    # the statistics of all tiles
-    "mixture_draw_kernel": Kernel(
-        mixture_sample.mixture_draw_kernel,
-        mixture_sample.DRAW_OPTIONS,
+    # a program is a row. Its loops: the bound from the tiles, the list, two searches of the list,
+    # each with a sum above what it found, and the sums of the tiles. An element is an id of a flat
+    # row, of which both models are read twice and one in four is listed, and searched once. Two
+    # programs share a multiprocessor; triton 3.6 needs half as many registers again, and one has it
+    "mixture_filter_kernel": Kernel(
+        mixture_sample.mixture_filter_kernel,
+        mixture_sample.FILTER_OPTIONS,
         load_bits=64,
-        registers=96,
-        block=TILE,
+        registers=192,
+        block=mixture_sample.group(torch.float32) * TILE,
         variants={
-            "rows": Variant({"TILES": TILES}, values=2, more=6 * FLOAT32 * TILES / TILE),
+            "rows": Variant({"TILES": TILES, "ORDINARY": False}, values=4, loops=7),
+            "scalars": Variant({**SAMPLED, **NO_FILTER_ROWS}, values=4, loops=7),
+        },
+    ),
+    # a loop multiplies BLOCK_D columns of a span's weights with a block of rows; an element is a
+    # weight, or with two heads one of each. The epilogue of a span, which is not in a loop, is not
+    # counted; hidden states, read again for each span, come from the cache
+    "linear_span_kernel": Kernel(
+        linear_mixture_sample.linear_span_kernel,
+        linear_mixture_sample.span_settings(16, 2)[1],
+        load_bits=128,
+        registers=208,
+        block=0,
+        variants={
+            "one head": _span_variant(16, 2, ONE_HEAD),
+            "64 rows": _span_variant(64, 2, ONE_HEAD),
+            "two heads": _span_variant(64, 2, {}),
+            "plain": _span_variant(32, 2, NO_REF_HEAD),
+            "float32": _span_variant(16, 4, ONE_HEAD),
+            "32 rows": _span_variant(32, 4, {}),
+        },
+    ),
+    # a program is a row; an element is a span, with what is kept of it
+    "linear_draw_kernel": Kernel(
+        linear_mixture_sample.linear_draw_kernel,
+        linear_mixture_sample.DRAW_OPTIONS,
+        load_bits=32,
+        registers=128,
+        block=TILES * TILE // SPAN,
+        variants={
+            "rows": Variant({"TILES": TILES, "BLOCK_V": SPAN, "REFERENCE": True}, values=6),
             "scalars": Variant(
-                {"TILES": TILES, **NO_DRAW_ROWS}, values=2, more=6 * FLOAT32 * TILES / TILE
+                {"TILES": TILES, "BLOCK_V": SPAN, "REFERENCE": False, **NO_SPAN_ROWS}, values=2
             ),
         },
+        dtypes=("float32",),
     ),
     # not ours: what noise for every element costs
     "gumbel_kernel": Kernel(
@@ -174,7 +261,7 @@ def signature(kernel: Kernel, variant: Variant, dtype: str) -> tuple[dict, dict,
         if name in constants:
             types[name] = "constexpr"
             continue
-        if name in LOGITS:
+        if name in LOGITS + HEADS:
             types[name] = f"*{dtype}"
         elif name in INTEGERS:
             types[name] = "*i64"

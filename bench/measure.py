@@ -18,10 +18,11 @@ from torch import Tensor
 
 from bench.memory import Peak
 from bench.phases import settle
-from nlhf_kernels.testing.cases import copied
+from nlhf_kernels.testing.case import copied
 
 # of all copies of one call's inputs, and of the buffers of a limit
 CAP_BYTES = 2 * 10**9
+MOST_COPIES = 4096
 # short calls are repeated inside a sample until it lasts so long
 SAMPLE_SECONDS = 1e-3
 LEAST_ROUNDS, LEAST_ROUNDS_IF_SLOW, MOST_ROUNDS = 5, 3, 100
@@ -216,7 +217,7 @@ def first_line(error: BaseException) -> str:
 class Rotation:
     """Copies of one call's inputs, so many that a cache has lost one when its turn comes again."""
 
-    def __init__(self, inputs: tuple[tuple, dict], device: str, most: int = 4096):
+    def __init__(self, inputs: tuple[tuple, dict], device: str, most: int = MOST_COPIES):
         self._inputs = inputs
         self.set_bytes = max(1, sum(x.untyped_storage().nbytes() for x in _tensors(*inputs)))
         cache = cache_bytes(device)

@@ -28,7 +28,7 @@ class Peak:
             # 5 sets the high-water mark back to what is resident now
             with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")
-                self.before_mb = _status("VmRSS")
+                self.before_mb = status_mb("VmRSS")
         return self
 
     def __exit__(self, *_) -> None:
@@ -36,13 +36,14 @@ class Peak:
             torch.cuda.synchronize()
             self.total_mb = torch.cuda.max_memory_allocated() / _MB
         elif self.before_mb is not None:
-            self.total_mb = _status("VmHWM")
+            self.total_mb = status_mb("VmHWM")
 
     @property
     def extra_mb(self) -> float | None:
         return None if self.total_mb is None else self.total_mb - self.before_mb
 
 
-def _status(field: str) -> float:
+def status_mb(field: str) -> float:
+    """A field of what Linux says of this process."""
     (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if field in x)
     return int(line.split()[1]) / 1024

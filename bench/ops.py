@@ -10,13 +10,15 @@ from torch import Tensor
 
 import nlhf_kernels as nk
 from bench import cli, gates, profile
-from bench.measure import Rotation, Timing, Variant, first_line, interleave
+from bench.measure import MOST_COPIES, Rotation, Timing, Variant, first_line, interleave
 from bench.problem import Contender, Problem
 from bench.text import number, percent
 from nlhf_kernels.testing import Case, traffic
-from nlhf_kernels.testing.check import check_by, unavailable
+from nlhf_kernels.testing.cases import SAMPLERS
+from nlhf_kernels.testing.check import Answers, check_by, unavailable
 
 MODES = ("fwd", "bwd", "fwd+bwd")
+DIMS = {"mixture_sample": "BV", "linear_mixture_sample": "BDV"}
 # how a contender may fail; anything else is a fault of the bench
 FAILURES = (RuntimeError, ValueError, TypeError, ImportError, OSError, AttributeError, KeyError)
 # a CUDA graph of more calls would take long to record
@@ -28,14 +30,14 @@ MOST_IN_GRAPH = 512
 
 def problem(case: Case, device: str, chosen: Sequence[str], rivals: Sequence[Contender]) -> Problem:
     """A case for our backends ``chosen``, and for ``rivals``."""
-    sampler = case.op == "mixture_sample"
+    sampler = case.op in SAMPLERS
     ways = (False,) if sampler else (False, True)
     # a backend in place is judged by the same log-probabilities of its own as just before
     own = [_own(case, backend, device, inplace) for backend in chosen for inplace in ways]
     return Problem(
         op=case.op,
         shape=case.why,
-        dims=dict(zip("BV" if sampler else "BTV", case.shape, strict=True)),
+        dims=dict(zip(DIMS.get(case.op, "BTV"), case.shape, strict=True)),
         dtype=str(case.dtype).removeprefix("torch."),
         modes=MODES[:1] if sampler else MODES,
         inputs=functools.partial(case.inputs, 0, device, device),
@@ -53,6 +55,7 @@ def _traffic(case: Case, mode: str) -> tuple[int, int, str]:
 
 def _own(case: Case, backend: str, device: str, inplace: bool = False) -> Contender:
     settings = {"backend": backend} | ({"inplace_backward": True} if inplace else {})
+    sampler = case.op == "mixture_sample"
 
     def solve(args: tuple, kwargs: dict) -> tuple:
         # looked up at each call: a profile replaces the public functions
@@ -70,12 +73,16 @@ def _own(case: Case, backend: str, device: str, inplace: bool = False) -> Conten
             gates.pg_loss(first, case, device)
         else:
             known = gates.of_case(case, device)
+            if sampler and "filters" in case.options:
+                # what is right may depend on who is judged
+                known = Answers(known.inputs())
+                known.once("draw", functools.partial(gates.contract, solve))
             check_by(known, case.op, backend, by_own_logprobs=True, inplace=inplace)
 
     return Contender(
         name=f"{backend}, in place" if inplace else backend,
         peer=False,
-        run=solve if case.op == "mixture_sample" else first,
+        run=solve if case.op in SAMPLERS else first,
         gate=gate,
         missing=unavailable(case, backend, device),
         inplace=inplace,
@@ -126,9 +133,15 @@ def measure(
     device: str,
     seconds: float,
     limits: dict[str, tuple[float, str]],
+    most: int = MOST_COPIES,
 ) -> Iterator[dict]:
-    """A row for each mode and contender, in the order of the problem."""
-    rotation = Rotation(problem.inputs(), device)
+    """A row for each mode and contender, in the order of the problem.
+
+    Inputs are so many copies that no cache holds them, but no more than ``most``.
+    """
+    # nobody needs inputs that cannot be had
+    able = any(status == "ok" for status, _ in verdicts.values())
+    rotation = Rotation(problem.inputs(), device, most) if able else None
     for mode in (x for x in modes if x in problem.modes):
         # what our own write in the backward changes nothing in the forward
         field = [c for c in problem.contenders if mode != "fwd" or c.peer or not c.inplace]
@@ -146,7 +159,7 @@ def measure(
             timings = interleave(running, device, seconds, warm=True)
         for contender in field:
             row = _row(problem, contender, mode, *found[contender.name])
-            row["cached"] = rotation.cached
+            row["cached"] = able and rotation.cached
             if contender.name in timings:
                 row |= _figures(timings[contender.name], *problem.traffic(mode), limits)
             yield row

@@ -1,8 +1,8 @@
 """docs/benchmarks.md: its words, and the tables in their order."""
 
-from bench import tables
+from bench import sampling_tables, tables
 from bench.tables import RLHF, by_setting, setting_name
-from bench.text import Row, by_device, devices, ok, plain, reasons, runs, with_unit
+from bench.text import Row, by_device, devices, grid, ok, plain, reasons, runs, with_unit
 
 INTRO = """\
 # Benchmarks
@@ -30,6 +30,19 @@ is in bold, whoever it is; peers are the implementations of others.
 **Limits** were measured in the same run: `read` is the faster of two plain reductions over
 memory, `copy` a copy of it, `gemm` a matrix product. Percentages are shares of the one that is
 named; an op that is bound by exponentials stays below the limit of the memory.
+"""
+
+SAMPLING = """\
+`python -m bench sampling`: ours, on the backend that it chooses by itself, against what it must
+beat, all in one run. The Hugging Face path upcasts, mixes, tempers, filters with transformers'
+warpers, and takes a softmax, `torch.multinomial` and two log-softmax gathers. Most of its time is
+that of `torch.multinomial`, so the honest yardstick stands beside it: two `torch.logsumexp` over
+the same inputs, which draw nothing. Behind a figure that has a target stands whether it is met.
+`N(0, 16)` are normal logits of that variance; the real ones are those of the quickstart's model
+after the first words of reviews. Of `N(0, 1)` top-p 0.9 keeps 60 % of the vocabulary: such flat
+rows may take a slower path, and stand apart. Inputs come from memory, beyond every cache, but where
+it says that they were just used: a rollout's have just been written. Memory is what becomes
+resident during one call in a process that has made none before, stacks and outputs included.
 """
 
 HEADS = """\
@@ -66,6 +79,7 @@ code was counted; the limit is what an H200 could reach at most with these instr
 
 PLOTS = {
     "ops": "Time of every op and variant",
+    "sampling": "Time of sampling beside the Hugging Face path and two log-sum-exps",
     "step": "Seconds of a whole step, by phase",
     "scaling": "Time against size, with fitted exponents",
     "memory": "Memory against size, with fitted exponents",
@@ -92,6 +106,8 @@ def _figures(rows: list[Row], plots: list[str]) -> list[str]:
     lines = ["## Machines", "", *by_device(measured, _machine)]
     lines += ["## Ops", "", *plot("ops")]
     lines += _ops([r for r in of("op") if not r["op"].startswith("linear_")])
+    lines += ["## Sampling", "", *SAMPLING.splitlines(), "", *plot("sampling")]
+    lines += by_device([*of("sampling"), *of("sampling memory")], _sampling)
     lines += ["## The linear family: losses from hidden states", "", *HEADS.splitlines(), ""]
     lines += _ops([r for r in of("op") if r["op"].startswith("linear_")])
 
@@ -144,6 +160,14 @@ def _ops(rows: list[Row]) -> list[str]:
     return lines
 
 
+def _sampling(rows: list[Row]) -> list[str]:
+    lines = [f"{sampling_tables.verdict(rows)}.", ""]
+    for table in sampling_tables.tables(rows):
+        lines += [f"{table.title}:", "", *grid(table.header, table.cells())]
+    wrong = [r for r in rows if r["status"] == "wrong"]
+    return [*lines, *sampling_tables.absent(wrong), *([""] if wrong else []), *runs(rows)]
+
+
 def _steps(rows: list[Row]) -> list[str]:
     """A table for each setting that is not only there for the comparison with RLHF."""
     lines = []
@@ -161,7 +185,7 @@ def _missing(rows: list[Row]) -> list[str]:
     """Which figures one would expect here and does not find."""
 
     def where(row: Row) -> str:
-        what = f"`{row['op']}`" if row["kind"] == "op" else "training step"
+        what = f"`{row['op']}`" if "op" in row else "training step"
         return f"{what} on {plain(row['device'])}"
 
     lines = reasons((r for r in rows if r.get("status") == "missing"), where)

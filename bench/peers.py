@@ -33,6 +33,7 @@ NEEDS_GPU = "needs a CUDA GPU"
 # the options of a case that every peer can express; all others belong to tests
 _EXPRESSED = {
     "mixture_sample": {"ref_dtype", "coef", "temperature", "scale", "filters", "seed", "position"},
+    "linear_mixture_sample": set(),
     "token_logprobs": {"temperature", "softcap", "scale", "inplace_backward"},
     "pairwise_pg_loss": {"temperature", "softcap", "masked", "tau", "baseline", "inplace_backward"},
 }
@@ -42,6 +43,8 @@ def contenders(case: Case, device: str) -> tuple[Contender, ...]:
     """The peers of a case on "cpu" or "cuda"; ``missing`` says why one cannot run."""
     found = {
         "mixture_sample": _samplers,
+        # nobody fuses two models
+        "linear_mixture_sample": lambda *_: [],
         "token_logprobs": _logprobs,
         "pairwise_pg_loss": _pg_losses,
     }[case.op](case, device)

@@ -8,7 +8,7 @@ from pathlib import Path
 from bench.tables import MODES, by_setting, competes, problem, rank, seconds, size, step_order
 from bench.text import Row, devices, number, ok
 
-NAMES = ("ops", "step", "scaling", "memory")
+NAMES = ("ops", "sampling", "step", "scaling", "memory")
 PHASES = ("rollout", "scoring", "update")
 # Okabe and Ito: told apart without seeing red or green; shapes tell them apart without any colour
 _COLOURS = (
@@ -24,6 +24,7 @@ def data(rows: list[Row]) -> dict[str, dict]:
     """Per image that has something to show: everything in it, as JSON."""
     found = {
         "ops": _ops([r for r in rows if r["kind"] == "op"]),
+        "sampling": _sampling([r for r in rows if r["kind"] == "sampling"]),
         "step": _steps([r for r in rows if r["kind"] == "step"]),
         "scaling": _curves([r for r in rows if r["kind"] == "scaling" and r["y"] != "MB"]),
         "memory": _curves([r for r in rows if r["kind"] == "scaling" and r["y"] == "MB"]),
@@ -51,7 +52,8 @@ def digest_of(path: Path) -> str | None:
 def draw(image: dict, path: Path) -> None:
     import matplotlib
 
-    figure = {"ops": _draw_ops, "step": _draw_steps}.get(image["image"], _draw_curves)
+    drawn = {"ops": _draw_ops, "sampling": _draw_ops, "step": _draw_steps}
+    figure = drawn.get(image["image"], _draw_curves)
     with matplotlib.rc_context(
         {"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left"}
     ):
@@ -76,16 +78,35 @@ def _ops(rows: list[Row]) -> list[dict]:
             modes = [m for m in MODES if any(r["mode"] == m for r in these)]
             if not modes:
                 continue
-            these = sorted((r for r in these if r["mode"] == modes[-1]), key=size)
-            shapes = list(dict.fromkeys(map(problem, these)))
-            panels.append({
-                "title": f"{op}, {MODES[modes[-1]]}", "device": device,
-                "shapes": [", ".join(s) for s in shapes],
-                "points": [
-                    [shapes.index(problem(r)), r["variant"], r["ms"][1]]
-                    for r in sorted(these, key=rank)
-                ],
-            })  # fmt: skip
+            these = [r for r in these if r["mode"] == modes[-1]]
+            panels.append(_panel(these, f"{op}, {MODES[modes[-1]]}", device))
+    return panels
+
+
+def _panel(rows: list[Row], title: str, device: str) -> dict:
+    """Every shape a line, every variant a point on it."""
+    rows = sorted(rows, key=size)
+    shapes = list(dict.fromkeys(map(problem, rows)))
+    return {
+        "title": title,
+        "device": device,
+        "shapes": [", ".join(s) for s in shapes],
+        "points": [
+            [shapes.index(problem(r)), r["variant"], r["ms"][1]] for r in sorted(rows, key=rank)
+        ],
+    }
+
+
+def _sampling(rows: list[Row]) -> list[dict]:
+    """A panel for each filter and kind of rows that was measured at several shapes."""
+    panels = []
+    for device in _all_devices(rows):
+        for filters, kind in dict.fromkeys((r["filters"], r["logits"]) for r in rows):
+            these = [r for r in ok(rows) if r["device"] == device and not r["warm"]]
+            these = [r for r in these if (r["filters"], r["logits"]) == (filters, kind)]
+            panel = _panel(these, f"mixture_sample, {filters}, {kind}", device)
+            if len(panel["shapes"]) > 2:
+                panels.append(panel)
     return panels
 
 

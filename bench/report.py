@@ -16,6 +16,10 @@ _FIGURES = ("ms", "gbps", "share", "limit", "peak_mb")
 # what this report reads of a row; a row without a figure need not have those of the second list
 _FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "op": (("op", "shape", "dims", "dtype", "mode", "variant", "peer", "status", "note"), _FIGURES),
+    "sampling": (("op", "shape", "dims", "dtype", "filters", "logits", "warm", "variant", "peer",
+                  "status", "note"), (*_FIGURES, "of_copy")),
+    "sampling memory": (("op", "shape", "dims", "dtype", "filters", "logits", "variant", "peer",
+                         "status", "note"), ("mb",)),
     "limit": (("name", "value", "unit"), ()),
     "step": (("setting", "variant", "status", "note"), ("seconds", "peak_mb", "state_mb")),
     "scaling": (("title", "x", "xs", "y", "ys", "variant", "exponent"), ()),
@@ -28,6 +32,8 @@ _STAMP = ("run", "commit", "dirty", "device", "threads", "versions")
 # rows that agree in these say the same thing, and the latest counts
 _KEYS = {
     "op": ("device", "op", "shape", "dtype", "mode", "variant"),
+    "sampling": ("device", "shape", "dtype", "filters", "logits", "warm", "variant"),
+    "sampling memory": ("device", "shape", "dtype", "filters", "logits", "variant"),
     "limit": ("device", "name"),
     "step": ("device", "setting", "variant"),
     "scaling": ("device", "title", "variant"),
@@ -151,12 +157,13 @@ def fault(row: object) -> str:
     absent = [name for name in needed if name not in row]
     if absent:
         return f"no field {', '.join(absent)}"
-    inner = {"op": _op_fault, "step": _step_fault, "scaling": _curve_fault, "aot": _aot_fault}
+    inner = {"op": _op_fault, "sampling": _op_fault, "step": _step_fault, "scaling": _curve_fault,
+             "aot": _aot_fault}  # fmt: skip
     return inner[kind](row, status) if kind in inner else ""
 
 
 def _op_fault(row: Row, status: str) -> str:
-    if row["mode"] not in MODES:
+    if row.get("mode", "fwd") not in MODES:
         return f"mode {row['mode']!r}; known: {', '.join(MODES)}"
     if not isinstance(row["dims"], dict):
         return f"dims must be an object, got {row['dims']!r}"

@@ -54,7 +54,8 @@ def instructions(text: str) -> list[Instruction]:
 def resources(text: str) -> dict[str, int]:
     """Registers, stack bytes, spill instructions and the widest global load (bits)."""
     code = instructions(text)
-    loads = [x for x in code if x.name == "LDG"]
+    # the second straight to shared memory
+    loads = [x for x in code if x.name in ("LDG", "LDGSTS")]
     widths = [int(w) for x in loads for w in re.findall(r"\.(64|128|256)\b", x.opcode)]
     return {
         "registers": int(re.search(r"REG:(\d+)", text).group(1)),

@@ -17,6 +17,9 @@ using Address = uintptr_t;
 // data, dtype, rows, steps, vocab, batch stride, step stride
 using LogitsArg = std::tuple<Address, int, int64_t, int64_t, int64_t, int64_t, int64_t>;
 
+// data, dtype, rows, columns, row stride
+using MatrixArg = std::tuple<Address, int, int64_t, int64_t, int64_t>;
+
 template <class T>
 T* at(Address address) {
   return reinterpret_cast<T*>(address);
@@ -25,6 +28,11 @@ T* at(Address address) {
 Logits view(const LogitsArg& x) {
   const auto& [data, dtype, rows, steps, vocab, batch_stride, step_stride] = x;
   return {at<char>(data), static_cast<DType>(dtype), rows, steps, vocab, batch_stride, step_stride};
+}
+
+Matrix view(const MatrixArg& x) {
+  const auto& [data, dtype, rows, columns, stride] = x;
+  return {at<char>(data), static_cast<DType>(dtype), rows, columns, stride};
 }
 
 KlSum kl_sum(const std::string& name) {
@@ -44,14 +52,20 @@ void bind_ops(py::module_ m) {
   m.def(
       "mixture_sample",
       [](const LogitsArg& policy, const LogitsArg& ref, double coef, Address coef_rows,
-         double temperature, Address temperature_rows, int64_t seed, Address seed_rows,
-         int64_t position, Address position_rows, Address tokens, Address policy_logprobs,
-         Address ref_logprobs, Address sampling_logprobs, Address log_kept_mass) {
+         double temperature, Address temperature_rows, int64_t top_k, Address top_k_rows,
+         double top_p, Address top_p_rows, double min_p, Address min_p_rows, int64_t seed,
+         Address seed_rows, int64_t position, Address position_rows, Address tokens,
+         Address policy_logprobs, Address ref_logprobs, Address sampling_logprobs,
+         Address log_kept_mass) {
         const bool has_ref = std::get<0>(ref) != 0;
         mixture_sample<S>(view(policy), has_ref ? std::optional<Logits>(view(ref)) : std::nullopt,
-                          {static_cast<S>(coef), at<S>(coef_rows)},
-                          {static_cast<S>(temperature), at<S>(temperature_rows)},
-                          {seed, at<int64_t>(seed_rows)}, {position, at<int64_t>(position_rows)},
+                          {{static_cast<S>(coef), at<S>(coef_rows)},
+                           {static_cast<S>(temperature), at<S>(temperature_rows)},
+                           {top_k, at<int64_t>(top_k_rows)},
+                           {static_cast<S>(top_p), at<S>(top_p_rows)},
+                           {static_cast<S>(min_p), at<S>(min_p_rows)},
+                           {seed, at<int64_t>(seed_rows)},
+                           {position, at<int64_t>(position_rows)}},
                           {at<int64_t>(tokens), at<S>(policy_logprobs), at<S>(ref_logprobs),
                            at<S>(sampling_logprobs), at<S>(log_kept_mass)});
       },
@@ -123,6 +137,31 @@ PYBIND11_MODULE(_native, m) {
       "skinny_linear",
       [](Address x, Address w, Address y, int64_t M, int64_t N, int64_t D) {
         skinny_linear(at<float>(x), at<float>(w), at<float>(y), M, N, D);
+      },
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "linear_mixture_sample",
+      [](const MatrixArg& policy_hidden, const MatrixArg& policy_weight, Address policy_bias,
+         const MatrixArg& ref_hidden, const MatrixArg& ref_weight, Address ref_bias, double softcap,
+         double coef, Address coef_rows, double temperature, Address temperature_rows, int64_t seed,
+         Address seed_rows, int64_t position, Address position_rows, Address tokens,
+         Address policy_logprobs, Address ref_logprobs, Address sampling_logprobs,
+         Address log_kept_mass) {
+        std::optional<Head> ref;
+        if (std::get<0>(ref_hidden)) ref = {view(ref_hidden), view(ref_weight), at<char>(ref_bias)};
+        linear_mixture_sample(
+            {view(policy_hidden), view(policy_weight), at<char>(policy_bias)}, ref,
+            static_cast<float>(softcap),
+            {{static_cast<float>(coef), at<float>(coef_rows)},
+             {static_cast<float>(temperature), at<float>(temperature_rows)},
+             {0, nullptr},
+             {1, nullptr},
+             {0, nullptr},
+             {seed, at<int64_t>(seed_rows)},
+             {position, at<int64_t>(position_rows)}},
+            {at<int64_t>(tokens), at<float>(policy_logprobs), at<float>(ref_logprobs),
+             at<float>(sampling_logprobs), at<float>(log_kept_mass)});
       },
       py::call_guard<py::gil_scoped_release>());
 

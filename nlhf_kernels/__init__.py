@@ -1,6 +1,7 @@
 """Fused ops for Nash learning from human feedback: mixture sampling, pairwise policy gradients."""
 
 from nlhf_kernels.eager import MixtureSample, PairwisePGLoss, TokenLogprobs, fold_in
+from nlhf_kernels.ops.linear_mixture_sample import linear_mixture_sample
 from nlhf_kernels.ops.mixture_sample import mixture_sample
 from nlhf_kernels.ops.pairwise_pg_loss import pairwise_pg_loss
 from nlhf_kernels.ops.skinny_linear import skinny_linear
@@ -15,6 +16,7 @@ __all__ = [
     "PairwisePGLoss",
     "TokenLogprobs",
     "fold_in",
+    "linear_mixture_sample",
     "mixture_sample",
     "pairwise_pg_loss",
     "reason",

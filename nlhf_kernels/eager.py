@@ -1,7 +1,7 @@
 """The mathematics: every op as plain PyTorch, with no hand-written gradient, on any device.
 
-Legend: B sequences or rows, T tokens, N = B * T, V vocabulary. pi is the trained policy, ref the
-frozen reference policy. Statistics are float32, or float64 as soon as one input is float64.
+Legend: B sequences or rows, T tokens, N = B * T, V vocabulary, D hidden. pi is the trained policy,
+ref the frozen reference policy. Statistics are float32, or float64 as soon as one input is float64.
 """
 
 from typing import NamedTuple
@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nlhf_kernels.noise import MASK32, fold_in, gumbel, philox, split
+
 TILE = 1024
-_MASK32 = 0xFFFFFFFF
 
 
 class MixtureSample(NamedTuple):
@@ -36,63 +37,10 @@ class PairwisePGLoss(NamedTuple):
 
 def statistics_dtype(*logits: Tensor | None) -> torch.dtype:
     """float64 if any of the tensors is float64, else float32."""
-    wide = any(x is not None and x.dtype == torch.float64 for x in logits)
-    return torch.float64 if wide else torch.float32
-
-
-# ---- random numbers
-
-
-def philox(counter: tuple, key: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox 4x32-10 (Salmon et al. 2011, Random123) on int64 tensors that hold 32-bit words.
-
-    ``counter`` is four, ``key`` two broadcastable tensors or ints; returns four tensors of words.
-    """
-    c0, c1, c2, c3 = (torch.as_tensor(c) for c in counter)
-    k0, k1 = (torch.as_tensor(k) for k in key)
-    for _ in range(10):
-        (high0, low0), (high1, low1) = _product(0xD2511F53, c0), _product(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
-    return c0, c1, c2, c3
-
-
-def _product(word: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The high and the low word of a product, in halves: int64 must not overflow.
-
-    An overflow is undefined in the C++ that torch.compile makes of this, and its results differ.
-    """
-    low = word * (x & 0xFFFF)
-    high = word * (x >> 16) + (low >> 16)
-    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
-
-
-def fold_in(seed: int | Tensor, k: int | Tensor) -> int | Tensor:
-    """A new independent seed from a seed and a number: the first two words of Philox.
-
-    The key is ``seed``, the counter (k low, k high, 0, 2**31), a block that no draw uses. Both
-    arguments are int64, scalars or broadcastable tensors. Returns an int if both are ints, else an
-    int64 tensor.
-    """
-    key, count = _integers(seed), _integers(k)
-    words = philox((count & _MASK32, (count >> 32) & _MASK32, 0, 1 << 31), _split(key))
-    folded = words[0] | (words[1] << 32)
-    return folded if isinstance(seed, Tensor) or isinstance(k, Tensor) else int(folded)
-
-
-def _integers(x: int | Tensor) -> Tensor:
-    # not as_tensor, which would make torch.compile start again for every new int
-    return x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.int64)
-
-
-def _split(seed: Tensor) -> tuple[Tensor, Tensor]:
-    return seed & _MASK32, (seed >> 32) & _MASK32
-
-
-def gumbel(words: Tensor, dtype: torch.dtype) -> Tensor:
-    """Standard Gumbel noise of ``dtype`` from 32-bit words in int64; range [-2.81, 22.87]."""
-    u = ((words.to(dtype) + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
-    return -torch.log(-torch.log1p(-u))
+    for x in logits:
+        if x is not None and x.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 # ---- sampling
@@ -209,6 +157,93 @@ def mixture_sample(
         )
 
 
+def linear_mixture_sample(
+    policy_hidden: Tensor,
+    policy_weight: Tensor,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    *,
+    policy_bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    softcap: float | None = None,
+    mixture_coef: float | Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+    seed: int | Tensor,
+    position: int | Tensor,
+    check: bool = False,
+    extrapolate: bool = False,
+    backend: str = "",
+) -> MixtureSample:
+    """The draw of ``mixture_sample`` from hidden states: the LM head is part of it.
+
+    Formula, for each of the two models::
+
+        logits = hidden @ weight.T + bias   (with a softcap: softcap * tanh(logits / softcap))
+
+    and the rest is that of ``mixture_sample``.
+
+    Args:
+        policy_hidden: (B, D) float16, bfloat16, float32 or float64; any row stride, last stride 1.
+        policy_weight: (V, D), the dtype of its hidden states; any row stride, last stride 1.
+        ref_hidden: (B, D_ref), its dtype may differ from the policy's; ``None``: a plain sampler.
+        ref_weight: (V, D_ref), the dtype of its hidden states. ``None``, or the same memory as
+            ``policy_weight``: one head for both, which is read once. ``None`` shares the bias too.
+        policy_bias, ref_bias: (V,), the dtype of its weight, or ``None``; -inf bans a token.
+        softcap: above 0 (at least 1e-30), for both models, before they are mixed; or ``None``.
+        mixture_coef, temperature, top_k, top_p, min_p, seed, position, check, extrapolate, backend:
+            as in ``mixture_sample``.
+
+    Returns:
+        ``MixtureSample``, as ``mixture_sample`` gives it. No gradient.
+
+    Raises:
+        ValueError: as in ``mixture_sample``.
+
+    Numerics: products are summed, and logits kept, in float32 (float64 if an input is), never
+    rounded to the dtype of the inputs. Logits differ in their last bits between backends and batch
+    sizes, so tokens agree but for near ties. With a filter, in float64, or for more rows than the
+    fused kernel is meant for, logits are made by torch's matrix product, with its settings for
+    float32, and drawn from by the ``mixture_sample`` of the same backend.
+    """
+    # autocast would round the logits
+    with torch.no_grad(), torch.autocast(policy_hidden.device.type, enabled=False):
+        dtype = statistics_dtype(policy_hidden, ref_hidden)
+        if ref_weight is None:
+            ref_weight, ref_bias = policy_weight, policy_bias
+        ref = None
+        if ref_hidden is not None:
+            ref = _linear(ref_hidden, ref_weight, ref_bias, softcap, dtype)
+        return mixture_sample(
+            _linear(policy_hidden, policy_weight, policy_bias, softcap, dtype),
+            ref,
+            mixture_coef=mixture_coef,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            position=position,
+        )
+
+
+def _linear(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    logits = hidden.to(dtype) @ weight.to(dtype).T
+    return capped(logits if bias is None else logits + bias.to(dtype), softcap)
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 def filters_off(top_k: int | Tensor, top_p: float | Tensor, min_p: float | Tensor) -> bool:
     """Whether no filter is asked for; a tensor counts as asked for: looking would be a sync."""
     scalars = not any(isinstance(x, Tensor) for x in (top_k, top_p, min_p))
@@ -251,8 +286,8 @@ def _draw(scores: Tensor, seeds: Tensor, position: Tensor) -> Tensor:
     count = -(-V // TILE)
     tiles = torch.nn.functional.pad(scores, (0, count * TILE - V), value=-torch.inf)
     tiles = tiles.view(B, count, TILE)
-    key = tuple(k[:, None] for k in _split(seeds))
-    place = (position & _MASK32)[:, None]
+    key = tuple(k[:, None] for k in split(seeds))
+    place = (position & MASK32)[:, None]
 
     tile_ids = torch.arange(count, device=scores.device)
     first = philox((place, tile_ids, 1, 0), key)[0]
@@ -316,10 +351,7 @@ def token_logprobs(
 
 
 def _scores(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
-    scores = logits.to(statistics_dtype(logits))
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    return scores / temperature
+    return capped(logits.to(statistics_dtype(logits)), softcap) / temperature
 
 
 # ---- losses

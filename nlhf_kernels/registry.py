@@ -15,7 +15,7 @@ import torch
 
 BACKENDS = ("eager", "cpp", "triton", "cuda")
 ORDER = {"cpu": ("cpp", "eager"), "cuda": ("triton", "eager")}
-OPS = ("mixture_sample", "token_logprobs", "pairwise_pg_loss")
+OPS = ("mixture_sample", "linear_mixture_sample", "token_logprobs", "pairwise_pg_loss")
 # not of logits: a layer of the model, on the CPU only
 LAYERS = ("skinny_linear",)
 
@@ -25,6 +25,10 @@ _PATHS = {
     "mixture_sample_fwd": {
         "cpp": f"{_NATIVE}:mixture_sample_fwd",
         "triton": f"{_TRITON}.mixture_sample:mixture_sample_fwd",
+    },
+    "linear_mixture_sample_fwd": {
+        "cpp": f"{_NATIVE}:linear_mixture_sample_fwd",
+        "triton": f"{_TRITON}.linear_mixture_sample:linear_mixture_sample_fwd",
     },
     "token_logprobs_fwd": {
         "cpp": f"{_NATIVE}:token_logprobs_fwd",
@@ -44,13 +48,10 @@ _PATHS = {
     },
     "skinny_linear_fwd": {"cpp": f"{_NATIVE}:skinny_linear_fwd"},
 }
+# op -> the op whose backends serve it: after a matrix product, where they have no kernel for it
+_THROUGH = {"linear_mixture_sample": "mixture_sample"}
 # what a backend has not got, beside whole ops: op -> backend -> feature -> what to do
-_LACKS = {
-    "mixture_sample": {
-        backend: {"filters": "it has no top_k, top_p and min_p yet: use backend='eager' or ''"}
-        for backend in ("cpp", "triton")
-    }
-}
+_LACKS: dict[str, dict[str, dict[str, str]]] = {}
 _forced = ""
 _warned: set[str] = set()
 
@@ -78,6 +79,7 @@ def reason(op: str, backend: str, device: str, features: tuple[str, ...] = ()) -
         return f"it is unknown: choose one of {', '.join(BACKENDS)}"
     if backend == "eager":
         return ""
+    op = _THROUGH.get(op, op)
     if backend not in _PATHS[f"{op}_fwd"]:
         return f"{op} has no {backend} implementation"
     if backend in _ABSENT:
@@ -114,6 +116,11 @@ def _warn_eager(op: str, device: str, why: str) -> None:
     if op not in _warned:
         _warned.add(op)
         warnings.warn(f"{op}: falls back to eager on {device}: {why}", stacklevel=4)
+
+
+def has(raw_op: str, backend: str) -> bool:
+    """Whether a backend has a kernel for a raw op, wherever it may run."""
+    return backend in _PATHS[raw_op]
 
 
 @functools.cache

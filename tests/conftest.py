@@ -126,7 +126,8 @@ def small_bench(monkeypatch):
     monkeypatch.setattr(cli, "QUICK_SECONDS", 0.02)
     monkeypatch.setattr(cli, "SECONDS", {"cpu": 0.02})
     for op, entry in OPS.items():
-        shape = (4, 1100) if op == "mixture_sample" else (2, 3, 1100)
+        shape = {"mixture_sample": (4, 1100), "linear_mixture_sample": (4, 8, 1100)}
+        shape = shape.get(op, (2, 3, 1100))
         masked = {"masked": "none"} if op == "pairwise_pg_loss" else {}
         cases = (Case(op, "tiny-1b, first", shape, torch.float32, masked),
                  Case(op, "other-2b, second", shape, torch.bfloat16, masked))  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 import bench.__main__ as cli
 from bench import compare, heads, peers
 from nlhf_kernels.testing import OPS, Case
+from nlhf_kernels.testing.cases import SAMPLERS
 from tests.conftest import LIMITS
 from tests.test_bench import contender, problem
 
@@ -33,7 +34,7 @@ def test_rows_have_every_field(op, capsys):
     assert all(row.keys() >= STAMP for row in rows)
     limits, found = ([row for row in rows if row["kind"] == kind] for kind in ("limit", "op"))
     assert {row["name"]: (row["value"], row["unit"]) for row in limits} == LIMITS
-    mode = "fwd" if op == "mixture_sample" else "fwd+bwd"
+    mode = "fwd" if op in SAMPLERS else "fwd+bwd"
     for row in found:
         assert row.keys() == ROW | STAMP
         assert (row["op"], row["shape"], row["mode"]) == (op, "tiny-1b, first", mode)
@@ -70,8 +71,8 @@ def test_a_whole_name_is_no_beginning(monkeypatch):
 
 def test_the_first_shape_of_every_op_comes_first():
     chosen = cli.select(cli.parser().parse(["--no-peers"]))
-    assert [p.op for p in chosen[:4]] == [*OPS, heads.OP]
-    assert [p.shape for p in chosen[:3]] == ["tiny-1b, first"] * 3
+    assert [p.op for p in chosen[: len(OPS) + 1]] == [*OPS, heads.OP]
+    assert [p.shape for p in chosen[: len(OPS)]] == ["tiny-1b, first"] * len(OPS)
 
 
 def test_quick_compiles_nothing_and_no_peers_means_none(monkeypatch):

@@ -236,7 +236,7 @@ def test_every_op_must_be_right_somewhere(tmp_path):
     judge = gpu_parts.check("cuda", [], tmp_path).judge
     rows = [{"op": op, "status": "ok"} for op in OPS]
     assert judge(rows, "") == ""
-    rows[1]["status"] = "refused"
+    rows[list(OPS).index("token_logprobs")]["status"] = "refused"
     assert judge(rows, "") == "wrong: not one case of token_logprobs is right"
 
 
@@ -290,6 +290,8 @@ def test_check_names_what_is_wrong_or_refused(plant, monkeypatch):
 
     (first, *_), filtered = OPS["token_logprobs"].tests, OPS["mixture_sample"].tests[-1]
     assert gpu_check.judge(first, "cpp", "cpu")["status"] == "ok"
+    lacks = {"cpp": {"filters": "it has no filters"}}
+    monkeypatch.setitem(registry._LACKS, "mixture_sample", lacks)
     refused = gpu_check.judge(filtered, "cpp", "cpu")
     assert (refused["status"], refused["note"][:10]) == ("refused", "it has no ")
 

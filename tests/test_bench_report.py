@@ -38,6 +38,17 @@ def op_row(
     }  # fmt: skip
 
 
+def sampling_row(variant, ms, /, *, V=151_936, B=16, **other):
+    row = op_row(variant, ms, V=V, B=B)
+    kind = {"kind": "sampling", "filters": "no filter", "logits": "N(0, 16)", "warm": False}
+    return {**row, **kind, "of_copy": 0.5, **other}
+
+
+def memory_row(mb, **other):
+    row = {**op_row("cpp", 1.0, V=256_000), "kind": "sampling memory", "filters": "no filter"}
+    return row | {"logits": "N(0, 16)", "mb": mb, "floor_mb": 0.0, **other}
+
+
 def step_row(variant, times, peak=1_000.0, /, **other):
     phases = dict(zip(("rollout", "scoring", "update", "step"), times or (), strict=False))
     return {
@@ -112,7 +123,19 @@ def cpu_rows():
         aot_row("row_statistics_kernel", "bfloat16", registers=60, bound="MUFU"),
         aot_row("row_statistics_kernel", "float32", arch="sm_80", registers=99),
     ]
-    return rows
+    for V in (32_000, 151_936, 256_000):
+        for filters, logits, ms in (
+            ("no filter", "N(0, 16)", (1.0, 101.0, 5.0)),
+            ("top-p 0.9", "N(0, 16)", (1.0, 149.0, 7.0)),
+            ("top-p 0.9", "N(0, 1)", (4.0, 160.0, 7.0)),
+        ):
+            at = {"V": V, "filters": filters, "logits": logits}
+            rows += [
+                sampling_row("cpp", ms[0], **at),
+                sampling_row("Hugging Face path", ms[1], peer=True, **at),
+                sampling_row("yardstick: two logsumexp (no draw)", ms[2], peer=True, **at),
+            ]
+    return [*rows, memory_row(0.5), memory_row(2.5, logits="N(0, 1)", filters="top-p 0.9")]
 
 
 def gpu_rows():
@@ -214,6 +237,8 @@ def test_the_same_rows_give_the_same_bytes(tree):
         (scaling_row("memory of a step against T", "nlhf", 0.5, x="T", y="MB"),
          ["docs/benchmarks.md", "docs/benchmarks/memory.png"]),
         (aot_row("row_statistics_kernel", "float32", registers=75), ["docs/benchmarks.md"]),
+        (sampling_row("cpp", 2.0), ["docs/benchmarks.md", "docs/benchmarks/sampling.png"]),
+        (memory_row(0.6), ["docs/benchmarks.md"]),
         (limit_row("read", 20.0, "GB/s"), ["docs/benchmarks.md"]),
     ],
     ids=lambda x: x["kind"] if isinstance(x, dict) else "",

@@ -75,7 +75,9 @@ def test_results_do_not_depend_on_the_number_of_threads():
     tokens = torch.arange(9)
 
     def results():
-        draw = native.mixture_sample_fwd(policy, ref, 0.3, None, 0.9, None, 5, None, 1, None)
+        draw = native.mixture_sample_fwd(
+            policy, ref, 0.3, None, 0.9, None, 0, None, 1.0, None, 0.0, None, 5, None, 1, None
+        )
         logprobs, entropy, lse = native.token_logprobs_fwd(policy, tokens, 0.9, 0.0)
         grad = torch.empty_like(policy)
         native.token_logprobs_bwd(grad, policy, tokens, lse, entropy, entropy, lse, 0.9, 0.0)

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_map
 import nlhf_kernels as nk
 from nlhf_kernels import eager, registry
 from nlhf_kernels.testing import OPS, TOLERANCE, check
-from nlhf_kernels.testing.cases import copied
+from nlhf_kernels.testing.case import copied
+from nlhf_kernels.testing.cases import SAMPLERS
 from nlhf_kernels.testing.check import compare, grad_outputs
 from tests.conftest import targets
 
@@ -77,7 +78,7 @@ class Recorder(TorchDispatchMode):
 
 
 def raw_calls(op: str, target) -> list[tuple]:
-    if op == "mixture_sample":
+    if op in SAMPLERS:
         wanted = ("no reference", "parameters per row")
         cases = [case for case in OPS[op].tests if case.why in wanted]
     else:
@@ -92,7 +93,9 @@ def test_opcheck(op, compiled):
     calls = raw_calls(op, compiled)
     names = {function.name().removeprefix("nlhf::") for function, _ in calls}
     backward = {f"{op}_bwd", f"{op}_bwd_"} if op in DIFFERENTIABLE else set()
-    assert names == {f"{op}_fwd"} | backward
+    # a backend without a kernel for it draws from logits
+    forward = op if registry.has(f"{op}_fwd", compiled.backend) else "mixture_sample"
+    assert names == {f"{forward}_fwd"} | backward
     for function, args in calls:
         torch.library.opcheck(function, args)
 
@@ -243,6 +246,8 @@ def test_offsets_beyond_32_bits(op, target, tmp_path):
     preference = torch.ones(2, device=target.device)
     calls = {
         "mixture_sample": lambda x: ((x, x), sample),
+        # one tensor is the hidden states of both models and their head
+        "linear_mixture_sample": lambda x: ((x, x, x), sample),
         "token_logprobs": lambda x: ((x, tokens), {"inplace_backward": True}),
         "pairwise_pg_loss": lambda x: (
             (x[:, None], tokens[:, None], mask, preference),

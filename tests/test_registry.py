@@ -1,5 +1,6 @@
 """Dispatch: who is chosen, and what an explicit choice says when it cannot be served."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -73,12 +74,19 @@ def test_unknown_backends_are_named(name):
 
 
 @pytest.mark.parametrize("backend", ["cpp", "triton"])
-def test_a_filter_that_a_backend_lacks(backend):
-    for filters in ({"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}, {"top_k": torch.tensor([0, 0])}):
-        with pytest.raises(ValueError, match=f"'{backend}' cannot be used: it has no top_k"):
-            draw(backend=backend, **filters)
-        assert (draw(**filters).tokens >= 0).all()
-    assert (draw(backend=backend, top_k=0, top_p=1.0, min_p=0.0).tokens >= 0).all()
+def test_a_feature_that_a_backend_lacks(backend, monkeypatch):
+    """An op that draws through another lacks what that one does."""
+    lack = {backend: {"filters": "it has no top_k"}}
+    monkeypatch.setattr(registry, "_LACKS", {"mixture_sample": lack})
+    linear = functools.partial(
+        nk.linear_mixture_sample, torch.randn(2, 3), torch.randn(5, 3), seed=0, position=0
+    )
+    for call in (draw, linear):
+        for filters in ({"top_k": 2}, {"top_p": 0.5}, {"top_k": torch.tensor([0, 0])}):
+            with pytest.raises(ValueError, match=f"'{backend}' cannot be used: it has no top_k"):
+                call(backend=backend, **filters)
+            assert (call(**filters).tokens >= 0).all()
+        assert (call(backend=backend, top_k=0, top_p=1.0, min_p=0.0).tokens >= 0).all()
 
 
 def test_reasons(op, monkeypatch):

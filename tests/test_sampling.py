@@ -11,28 +11,7 @@ import torch
 import nlhf_kernels as nk
 from nlhf_kernels import eager, registry
 from nlhf_kernels.testing.check import Draw, compare, kept_ids
-
-INF = math.inf
-
-
-def rows(target, many: int, few: int) -> int:
-    """An interpreted row costs tens of milliseconds."""
-    return few if target.interpreted else many
-
-
-def seeds_for(count: int, device: str) -> torch.Tensor:
-    return eager.fold_in(2024, torch.arange(count)).to(device)
-
-
-def surprise(counts: torch.Tensor, probs: torch.Tensor) -> float:
-    """The chi-square statistic in standard deviations from its mean (Wilson and Hilferty)."""
-    expected = probs.double() * counts.sum()
-    live = expected > 0
-    assert not counts[~live].any(), "a token of probability 0 was drawn"
-    free = int(live.sum()) - 1
-    chi2 = float(((counts[live] - expected[live]) ** 2 / expected[live]).sum())
-    spread = 2 / (9 * free)
-    return ((chi2 / free) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
+from tests.sampling import INF, rows, seeds_for, surprise
 
 
 def test_agrees_with_eager_token_for_token(compiled):
@@ -109,8 +88,8 @@ def test_rare_tokens_come_at_their_rate(target):
     [{"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.04}, {"top_k": 7, "top_p": 0.95, "min_p": 0.02}],
     ids=str,
 )
-def test_distribution_under_filters(filters):
-    B, V = 4000, 12
+def test_distribution_under_filters(filters, target):
+    B, V = rows(target, 4000, 24), 12
     logits = torch.randn(V, generator=torch.Generator().manual_seed(5)).mul(1.5)
     ids = kept_ids(
         logits.tolist(),
@@ -121,8 +100,10 @@ def test_distribution_under_filters(filters):
     assert 1 < len(ids) < V
     kept = torch.full((V,), -INF)
     kept[ids] = logits[ids]
-    got = nk.mixture_sample(logits.expand(B, V), seed=1, position=0, **filters)
-    assert surprise(got.tokens.bincount(minlength=V), kept.softmax(-1)) < 5
+    logits = logits.to(target.device)
+    settings = {"seed": 1, "position": 0, "backend": target.backend}
+    got = nk.mixture_sample(logits.expand(B, V), **settings, **filters)
+    assert surprise(got.tokens.cpu().bincount(minlength=V), kept.softmax(-1)) < 5
     # log of the whole mixture = sampling log-probability + log of the kept mass
     whole = logits.log_softmax(-1)[got.tokens]
     torch.testing.assert_close(got.sampling_logprobs + got.log_kept_mass, whole)
@@ -132,13 +113,14 @@ def test_distribution_under_filters(filters):
 # ---- filters
 
 
-def test_filters_come_in_order():
+def test_filters_come_in_order(target):
     """Every other order of the three keeps another set: worked out by hand."""
-    probs = torch.tensor([0.4, 0.2, 0.15, 0.1, 0.1, 0.05])
+    probs = torch.tensor([0.4, 0.2, 0.15, 0.1, 0.1, 0.05], dtype=torch.float64)
     # top-k 4 leaves .4 .2 .15 .1 of .85: .47 .24 .18 .12; top-p .7 then needs two (.47 + .24);
     # top-p first needs three (.4 + .2 + .15); min-p .5 last keeps .2 = half of .4 (and not .19)
-    settings = {"seed": 0, "position": 0, "backend": "eager"}
-    logits = probs.log().double().expand(500, 6)
+    settings = {"seed": 0, "position": 0, "backend": target.backend}
+    B = rows(target, 500, 20)
+    logits = probs.log().to(target.device).expand(B, 6)
     two = nk.mixture_sample(logits, top_k=4, top_p=0.7, **settings)
     assert set(two.tokens.tolist()) == {0, 1}
     three = nk.mixture_sample(logits, top_p=0.7, **settings)
@@ -146,39 +128,35 @@ def test_filters_come_in_order():
     # relative to the maximum, whatever the others left
     last = nk.mixture_sample(logits, top_k=5, top_p=0.99, min_p=0.37, **settings)
     assert set(last.tokens.tolist()) == {0, 1, 2}
-    torch.testing.assert_close(last.log_kept_mass, torch.full((500,), 0.75).log().double())
+    compare("log kept mass", last.log_kept_mass, logits.new_full((B,), 0.75).log(), torch.float64)
 
 
-def test_exactly_k_survive_a_tie():
-    got = nk.mixture_sample(torch.zeros(400, 9), top_k=3, seed=0, position=0)
+def test_exactly_k_survive_a_tie(target):
+    B = rows(target, 400, 24)
+    x = torch.zeros(B, 9, device=target.device)
+    got = nk.mixture_sample(x, top_k=3, seed=0, position=0, backend=target.backend)
     assert set(got.tokens.tolist()) == {0, 1, 2}
-    torch.testing.assert_close(got.sampling_logprobs, torch.full((400,), 1 / 3).log())
+    compare("of three", got.sampling_logprobs, x.new_full((B,), 1 / 3).log(), torch.float32)
 
 
-def test_a_row_keeps_a_token_whatever_the_filters():
+def test_a_row_keeps_a_token_whatever_the_filters(target):
     """top_p below the largest probability, min_p of 1, top_k beyond V."""
-    logits = torch.randn(20, 9)
+    logits = torch.randn(rows(target, 20, 6), 9, device=target.device)
+    settings = {"seed": 0, "position": 0, "backend": target.backend}
     best = logits.argmax(-1)
     for filters in ({"top_p": 1e-9}, {"min_p": 1.0}, {"top_k": 1}):
-        got = nk.mixture_sample(logits, seed=0, position=0, **filters)
+        got = nk.mixture_sample(logits, **settings, **filters)
         assert torch.equal(got.tokens, best)
         assert (got.sampling_logprobs == 0).all()
-    got = nk.mixture_sample(logits, seed=0, position=0, top_k=2**40)
-    assert torch.equal(got.log_kept_mass, torch.zeros(20))
-
-
-def test_compiled_backends_say_why_they_have_no_filters(compiled):
-    x = torch.zeros(2, 5, device=compiled.device)
-    with pytest.raises(ValueError, match=r"mixture_sample: backend .* top_k, top_p and min_p"):
-        nk.mixture_sample(x, top_k=2, seed=0, position=0, backend=compiled.backend)
-    # nobody asked for that backend by name: another one serves
-    assert nk.mixture_sample(x.cpu(), top_k=1, seed=0, position=0).tokens.tolist() == [0, 0]
+    got = nk.mixture_sample(logits, **settings, top_k=2**40)
+    assert torch.equal(got.log_kept_mass, torch.zeros_like(got.log_kept_mass))
 
 
 # ---- noise
 
 
-def test_a_draw_does_not_depend_on_the_batch(target):
+@pytest.mark.parametrize("filters", [{}, {"top_k": 9, "top_p": 0.8}, {"min_p": 0.1}], ids=str)
+def test_a_draw_does_not_depend_on_the_batch(filters, target):
     policy, ref = torch.randn(2, 9, 1100, device=target.device)
     seed = seeds_for(9, target.device)
     position = torch.arange(9, device=target.device)
@@ -187,7 +165,7 @@ def test_a_draw_does_not_depend_on_the_batch(target):
     def draw(of):
         return nk.mixture_sample(
             policy[of], ref[of], mixture_coef=coef[of], temperature=0.9, seed=seed[of],
-            position=position[of], backend=target.backend,
+            position=position[of], backend=target.backend, **filters,
         )  # fmt: skip
 
     together = draw(torch.arange(9))

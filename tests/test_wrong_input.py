@@ -10,7 +10,7 @@ import torch
 
 import nlhf_kernels as nk
 
-B, T, V = 2, 3, 7
+B, T, V, D = 2, 3, 7, 4
 NAN, INF = math.nan, math.inf
 
 
@@ -24,6 +24,10 @@ def right(op: str, packed: bool = False) -> dict:
             "seed": 0,
             "position": 0,
         }
+    if op == "linear_mixture_sample":
+        models = {f"{model}_hidden": torch.zeros(B, D) for model in ("policy", "ref")}
+        models |= {f"{model}_weight": torch.zeros(V, D) for model in ("policy", "ref")}
+        return models | {"mixture_coef": 0.5, "seed": 0, "position": 0}
     if op == "token_logprobs":
         return {"logits": logits, "tokens": tokens}
     loss = {
@@ -52,6 +56,34 @@ LOGITS = (
     None,
 )
 ROW_LOGITS = tuple(x[0] if isinstance(x, torch.Tensor) and x.dim() == 3 else x for x in LOGITS)
+HIDDEN = (
+    torch.zeros(D),
+    torch.zeros(B, 1, D),
+    torch.zeros(B, D, dtype=torch.int64),
+    torch.zeros(B, D, dtype=torch.float16),
+    torch.zeros(B, D + 1),
+    torch.zeros(B, 0),
+    torch.zeros(D, B).T,
+    torch.zeros(B, D, device="meta"),
+    [[0.0]],
+)
+WEIGHT = (
+    torch.zeros(V),
+    torch.zeros(V, D, dtype=torch.float64),
+    torch.zeros(V, D + 1),
+    torch.zeros(0, D),
+    torch.zeros(D, V).T,
+    torch.zeros(V, D, device="meta"),
+    0.5,
+)
+BIAS = (
+    torch.zeros(V + 1),
+    torch.zeros(1, V),
+    torch.zeros(V).half(),
+    torch.zeros(V).long(),
+    torch.zeros(V, device="meta"),
+    0.5,
+)
 TOKENS = (
     torch.zeros(B, T),
     torch.zeros(B, T, dtype=torch.int32),
@@ -111,6 +143,27 @@ WRONG = {
         "backend": ("cudnn",),
     },
 }  # fmt: skip
+WRONG["linear_mixture_sample"] = {
+    "policy_hidden": (*HIDDEN, None),
+    "policy_weight": (*WEIGHT, None),
+    "ref_hidden": (*HIDDEN, None, torch.zeros(B + 1, D)),
+    "ref_weight": (*WEIGHT, torch.zeros(V + 1, D)),
+    "policy_bias": BIAS,
+    "ref_bias": BIAS,
+    "softcap": ABOVE_0,
+} | {
+    name: WRONG["mixture_sample"][name]
+    for name in (
+        "mixture_coef",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "seed",
+        "position",
+        "backend",
+    )
+}
 PACKED = {
     "cu_seqlens": (torch.tensor([0, 2, 5]), torch.tensor([1, 2, 6]), torch.tensor([0, 7, 6]),
                    torch.tensor([0, -1, 6]), torch.tensor([0.0, 2.0, 6.0]), torch.tensor([0, 6]),
@@ -162,6 +215,19 @@ def test_what_is_under_the_mask_is_not_wrong():
     given["tokens"][0, 2] = V
     with pytest.raises(ValueError, match=rf"token {V} at \(0, 2\) is outside \[0, {V}\)"):
         nk.pairwise_pg_loss(**given)
+
+
+def test_a_reference_is_all_there_or_not_at_all():
+    """A head, or a bias, of a model that is not there."""
+    given = right("linear_mixture_sample")
+    alone = {"ref_hidden": None, "mixture_coef": 0.0}
+    with pytest.raises(ValueError, match="linear_mixture_sample: ref_weight must be left out"):
+        nk.linear_mixture_sample(**given | alone)
+    nk.linear_mixture_sample(**given | alone | {"ref_weight": None})
+    with pytest.raises(ValueError, match="linear_mixture_sample: ref_bias must be left out"):
+        nk.linear_mixture_sample(**given | {"ref_weight": None, "ref_bias": torch.zeros(V)})
+    with pytest.raises(ValueError, match="linear_mixture_sample: mixture_coef must be 0"):
+        nk.linear_mixture_sample(**given | {"ref_hidden": None, "ref_weight": None})
 
 
 @pytest.mark.parametrize("name", ["token_logprobs", "pairwise_pg_loss"])

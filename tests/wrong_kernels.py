@@ -73,6 +73,24 @@ BUGS = {
         "last row unwritten",
         "float32 for float64",
     ),
+    "linear_mixture_sample": (
+        "bias ignored",
+        "one bias for both",
+        "bias after the soft cap",
+        "softcap after mixing",
+        "softcap forgotten for the reference",
+        "one hidden state for both",
+        "own head taken for shared",
+        "logits rounded to bf16",
+        "operands rounded to tf32",
+        "tail of D left out",
+        "tail of V left out",
+        "strides of the weights ignored",
+        "reference as wide as the policy",
+        "noise by spans of a tile",
+        "coefficient swapped",
+        "NaN not noticed",
+    ),
 }
 
 
@@ -82,8 +100,8 @@ class Kernels:
 
     def table(self) -> dict:
         """Name of raw op -> function, for the fixture ``plant``."""
-        names = ("mixture_sample_fwd", "token_logprobs_fwd", "token_logprobs_bwd",
-                 "pairwise_pg_loss_fwd", "pairwise_pg_loss_bwd")  # fmt: skip
+        names = ("mixture_sample_fwd", "linear_mixture_sample_fwd", "token_logprobs_fwd",
+                 "token_logprobs_bwd", "pairwise_pg_loss_fwd", "pairwise_pg_loss_bwd")  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
     # ---- log-probabilities
@@ -230,7 +248,8 @@ class Kernels:
     # ---- sampling
 
     def mixture_sample_fwd(self, policy_logits, ref_logits, mixture_coef, mixture_coef_rows,
-                           temperature, temperature_rows, seed, seed_rows, position,
+                           temperature, temperature_rows, top_k, top_k_rows, top_p, top_p_rows,
+                           min_p, min_p_rows, seed, seed_rows, position,
                            position_rows):  # fmt: skip
         S = eager.statistics_dtype(policy_logits, ref_logits)
         B, V = policy_logits.shape
@@ -326,6 +345,8 @@ class Kernels:
         words = eager.philox((place, torch.arange(count), 1, 0), (low, high))[0]
         winner = (levels + self.gumbel(words, scores.dtype)).argmax(-1)
         blocks = torch.arange(size // 4)
+        if self.bug == "noise by spans of a tile":
+            blocks = blocks % 32
         words = eager.philox((place, winner[:, None], 2, blocks), (low, high))
         words = torch.stack(words, -1).view(B, size)
         inside = tiles.gather(1, winner[:, None, None].expand(B, 1, size))[:, 0]
@@ -344,3 +365,63 @@ class Kernels:
                 return -torch.log(-torch.log((1 - u).clamp(max=1 - 2.0**-23)))
             return -torch.log(-torch.log1p(-u))
         return eager.gumbel(words, dtype)
+
+    # ---- sampling from hidden states
+
+    def linear_mixture_sample_fwd(self, policy_hidden, policy_weight, policy_bias, ref_hidden,
+                                  ref_weight, ref_bias, softcap, mixture_coef, mixture_coef_rows,
+                                  temperature, temperature_rows, *noise):  # fmt: skip
+        coef = mixture_coef if mixture_coef_rows is None else mixture_coef_rows[:, None]
+        filters = (0, None, 1.0, None, 0.0, None)
+
+        def draw(policy, ref):
+            parameters = (mixture_coef, mixture_coef_rows, temperature, temperature_rows)
+            return self.mixture_sample_fwd(policy, ref, *parameters, *filters, *noise)
+
+        late = softcap and self.bug == "softcap after mixing"
+        policy = self.logits(policy_hidden, policy_weight, policy_bias, softcap)
+        if ref_hidden is None:
+            return draw(policy, None)
+        if self.bug == "one hidden state for both" and ref_weight is None:
+            ref_hidden = policy_hidden
+        if self.bug == "own head taken for shared" and ref_hidden.dtype == policy_hidden.dtype:
+            ref_weight = None
+        if ref_weight is None:
+            ref_weight = policy_weight
+        if self.bug == "one bias for both":
+            ref_bias = policy_bias
+        if self.bug == "reference as wide as the policy":
+            D = min(policy_hidden.shape[1], ref_hidden.shape[1])
+            ref_hidden, ref_weight = ref_hidden[:, :D], ref_weight[:, :D]
+        forgotten = self.bug == "softcap forgotten for the reference"
+        ref = self.logits(ref_hidden, ref_weight, ref_bias, 0.0 if forgotten else softcap)
+        outputs = draw(policy, ref)
+        if not late:
+            return outputs
+        policy = self.logits(policy_hidden, policy_weight, policy_bias, 0.0)
+        ref = self.logits(ref_hidden, ref_weight, ref_bias, 0.0)
+        mixture = softcap * torch.tanh(((1 - coef) * policy + coef * ref) / softcap)
+        tokens, _, _, *sampling = draw(mixture, None)
+        return tokens, *outputs[1:3], *sampling
+
+    def logits(self, hidden, weight, bias, softcap):
+        D, V = hidden.shape[1], weight.shape[0]
+        if self.bug == "strides of the weights ignored":
+            weight = weight.as_strided(weight.shape, (D, 1))
+        hidden, weight = hidden.float(), weight.float()
+        if self.bug == "operands rounded to tf32":
+            hidden, weight = ((x.view(torch.int32) & -8192).view(x.dtype) for x in (hidden, weight))
+        if self.bug == "tail of D left out" and D > 16:
+            hidden = hidden[:, : D // 16 * 16]
+            weight = weight[:, : D // 16 * 16]
+        z = hidden @ weight.T
+        if bias is None or self.bug == "bias ignored":
+            bias = torch.zeros(V)
+        after = self.bug == "bias after the soft cap"
+        z = z if after else z + bias
+        if softcap:
+            z = softcap * torch.tanh(z / softcap)
+        z = z + bias if after else z
+        if self.bug == "tail of V left out" and V > 128:
+            z[:, V // 128 * 128 :] = -math.inf
+        return z.bfloat16().float() if self.bug == "logits rounded to bf16" else z

@@ -37,6 +37,25 @@ struct ScoreSettings {
   S softcap;  // 0 is off
 };
 
+// Off: 0, 1, 0.
+template <class S>
+struct Filters {
+  int64_t top_k;
+  S top_p, min_p;
+
+  bool off(int64_t vocab) const {
+    return (top_k <= 0 || top_k >= vocab) && top_p >= 1 && !(min_p > 0);
+  }
+};
+
+template <class S>
+struct MixtureSampleIn {
+  PerRow<S> mixture_coef, temperature;
+  PerRow<int64_t> top_k;
+  PerRow<S> top_p, min_p;
+  PerRow<int64_t> seed, position;
+};
+
 template <class S>
 struct MixtureSampleOut {
   int64_t* tokens;
@@ -44,9 +63,28 @@ struct MixtureSampleOut {
 };
 
 template <class S>
-void mixture_sample(const Logits& policy, const std::optional<Logits>& ref, PerRow<S> mixture_coef,
-                    PerRow<S> temperature, PerRow<int64_t> seed, PerRow<int64_t> position,
-                    MixtureSampleOut<S> out);
+void mixture_sample(const Logits& policy, const std::optional<Logits>& ref,
+                    const MixtureSampleIn<S>& in, const MixtureSampleOut<S>& out);
+
+// Rows of vectors: the hidden states (B, D), or the weights (V, D) of a head.
+struct Matrix {
+  char* data;
+  DType dtype;
+  int64_t rows, columns, stride;
+
+  char* row(int64_t n) const { return data + n * stride * element_size(dtype); }
+};
+
+// A model's last layer. bias is optional, in the dtype of the weights.
+struct Head {
+  Matrix hidden, weight;
+  char* bias;
+};
+
+// In float32, whatever the dtypes but float64, and without filters. ref without weights is read
+// from the policy's.
+void linear_mixture_sample(const Head& policy, const std::optional<Head>& ref, float softcap,
+                           const MixtureSampleIn<float>& in, const MixtureSampleOut<float>& out);
 
 template <class S>
 void token_logprobs(const Logits& logits, const int64_t* tokens, ScoreSettings<S> settings,

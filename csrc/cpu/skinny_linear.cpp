@@ -10,6 +10,7 @@ namespace nlhf {
 namespace {
 
 struct Shape {
+  // N is the stride of y
   int64_t M, N, D;
 };
 
@@ -129,14 +130,20 @@ Columns choose() { return columns; }
 
 }  // namespace
 
-void skinny_linear(const float* x, const float* w, float* y, int64_t M, int64_t N, int64_t D) {
+void skinny_block(const float* x, const float* w, float* y, int64_t M, int64_t N, int64_t D,
+                  int64_t stride) {
   static const Columns columns = choose();
+  columns(x, w, y, {M, stride, D}, 0, N);
+}
+
+void skinny_linear(const float* x, const float* w, float* y, int64_t M, int64_t N, int64_t D) {
   // long pieces, as what is read ahead at the end of one is another thread's; a few for each
   // thread, for one that is slow
   const int64_t pieces = 4 * most_threads();
   const int64_t size = std::max<int64_t>(32, (N + pieces - 1) / pieces);
   parallel_rows((N + size - 1) / size, size * D, [&](int64_t i) {
-    columns(x, w, y, {M, N, D}, i * size, std::min(N, (i + 1) * size));
+    const int64_t n = i * size;
+    skinny_block(x, w + n * D, y + n, M, std::min(size, N - n), D, N);
   });
 }
 

@@ -11,46 +11,51 @@ _NO_LOGITS = (0, 0, 0, 1, 0, 0, 0)
 
 
 def mixture_sample_fwd(
-    policy_logits: Tensor,
-    ref_logits: Tensor | None,
-    mixture_coef: float,
-    mixture_coef_rows: Tensor | None,
-    temperature: float,
-    temperature_rows: Tensor | None,
-    seed: int,
-    seed_rows: Tensor | None,
-    position: int,
-    position_rows: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """tokens, policy_logprobs, ref_logprobs, sampling_logprobs, log_kept_mass: each (B,)."""
+    policy_logits: Tensor, ref_logits: Tensor | None, *parameters: float | Tensor | None
+) -> tuple[Tensor, ...]:
+    """tokens, policy_logprobs, ref_logprobs, sampling_logprobs, log_kept_mass: each (B,).
+
+    ``parameters``: scalar and rows of mixture_coef, temperature, top_k, top_p, min_p, seed and
+    position.
+    """
     dtype = _statistics_dtype(policy_logits, ref_logits)
-    B = policy_logits.shape[0]
-    tokens = policy_logits.new_empty(B, dtype=torch.int64)
-    policy_logprobs, sampling_logprobs, log_kept_mass = _empty(policy_logits, 3, (B,), dtype)
-    ref_logprobs = policy_logits.new_empty(0 if ref_logits is None else B, dtype=dtype)
-    rows = [
-        None if x is None else x.contiguous()
-        for x in (mixture_coef_rows, temperature_rows, seed_rows, position_rows)
-    ]
-    coef_at, temperature_at, seed_at, position_at = map(_address, rows)
+    outputs = _draws(policy_logits, ref_logits is not None, dtype)
+    values, _kept = _values(parameters)
     _ops(dtype).mixture_sample(
         _view(policy_logits),
         _NO_LOGITS if ref_logits is None else _view(ref_logits),
-        mixture_coef,
-        coef_at,
-        temperature,
-        temperature_at,
-        seed,
-        seed_at,
-        position,
-        position_at,
-        _address(tokens),
-        _address(policy_logprobs),
-        _address(ref_logprobs),
-        _address(sampling_logprobs),
-        _address(log_kept_mass),
+        *values,
+        *map(_address, outputs),
     )
-    return tokens, policy_logprobs, ref_logprobs, sampling_logprobs, log_kept_mass
+    return outputs
+
+
+def linear_mixture_sample_fwd(
+    policy_hidden: Tensor,
+    policy_weight: Tensor,
+    policy_bias: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    softcap: float,
+    *parameters: float | Tensor | None,
+) -> tuple[Tensor, ...]:
+    """As ``mixture_sample_fwd``; the parameters are without the three filters."""
+    outputs = _draws(policy_hidden, ref_hidden is not None, torch.float32)
+    values, _kept = _values(parameters)
+    biases = [None if x is None else x.contiguous() for x in (policy_bias, ref_bias)]
+    _native.linear_mixture_sample(
+        _matrix(policy_hidden),
+        _matrix(policy_weight),
+        _address(biases[0]),
+        _matrix(ref_hidden),
+        _matrix(ref_weight),
+        _address(biases[1]),
+        softcap,
+        *values,
+        *map(_address, outputs),
+    )
+    return outputs
 
 
 def token_logprobs_fwd(
@@ -164,8 +169,10 @@ def skinny_linear_fwd(input: Tensor, weight: Tensor) -> Tensor:
 
 
 def _statistics_dtype(*logits: Tensor | None) -> torch.dtype:
-    wide = any(x is not None and x.dtype == torch.float64 for x in logits)
-    return torch.float64 if wide else torch.float32
+    for x in logits:
+        if x is not None and x.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def _ops(statistics_dtype: torch.dtype):
@@ -176,15 +183,38 @@ def _empty(like: Tensor, count: int, shape, dtype: torch.dtype) -> list[Tensor]:
     return [like.new_empty(shape, dtype=dtype) for _ in range(count)]
 
 
+def _draws(like: Tensor, has_ref: bool, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The outputs of a sampler, unwritten."""
+    B = like.shape[0]
+    tokens = like.new_empty(B, dtype=torch.int64)
+    policy = like.new_empty(B, dtype=dtype)
+    # without a dtype it takes half the time
+    ref = policy.new_empty(B if has_ref else 0)
+    return tokens, policy, ref, policy.new_empty(B), policy.new_empty(B)
+
+
+def _values(parameters: tuple) -> tuple[list, list]:
+    """Scalars and the addresses of rows, in turns; and what must live as long as these."""
+    rows = [None if x is None else x.contiguous() for x in parameters[1::2]]
+    values = list(parameters)
+    values[1::2] = [0 if x is None else x.data_ptr() for x in rows]
+    return values, rows
+
+
+def _matrix(x: Tensor | None) -> tuple[int, ...]:
+    """Rows with stride 1 within: address, dtype, shape, row stride."""
+    return (0,) * 5 if x is None else (x.data_ptr(), _CODES[x.dtype], *x.shape, x.stride(0))
+
+
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
 def _view(logits: Tensor) -> tuple[int, ...]:
     """(N, V) or (B, T, V) as the compiled module takes it: address, dtype, shape, row strides."""
-    *batch, V = logits.shape
-    steps = batch[1] if len(batch) == 2 else 1
-    step_stride = logits.stride(1) if len(batch) == 2 else 0
-    rows = batch[0] * steps
     code = _CODES[logits.dtype]
-    return logits.data_ptr(), code, rows, max(steps, 1), V, logits.stride(0), step_stride
+    if logits.dim() == 2:
+        N, V = logits.shape
+        return logits.data_ptr(), code, N, 1, V, logits.stride(0), 0
+    B, T, V = logits.shape
+    return logits.data_ptr(), code, B * T, max(T, 1), V, logits.stride(0), logits.stride(1)

@@ -10,6 +10,7 @@ from nlhf_kernels import registry
 LIBRARY = torch.library.Library("nlhf", "DEF")
 LARGEST = torch.finfo(torch.float32).max
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+NUMBERS = (int, float, torch.SymFloat, torch.SymInt)
 
 
 def define(schema: str, body: Callable, fake: Callable) -> None:
@@ -60,39 +61,46 @@ def describe(x: object) -> str:
 
 
 def check_logits(op: str, name: str, logits: Tensor, dims: tuple[int, ...]) -> None:
-    shapes = {2: "(N, V)", 3: "(B, T, V)"}
-    wanted = " or ".join(shapes[d] for d in dims)
-    require(
-        isinstance(logits, Tensor) and logits.dtype in FLOATS and logits.dim() in dims,
-        op,
-        f"{name} must be float16, bfloat16, float32 or float64 {wanted}, got {describe(logits)}",
-    )
-    require(logits.shape[-1] > 0, op, f"{name} has an empty vocabulary: {describe(logits)}")
-    require(
-        logits.stride(-1) == 1 or logits.shape[-1] == 1 or logits.numel() == 0,
-        op,
-        f"{name} must have stride 1 along the vocabulary, got strides {tuple(logits.stride())}: "
-        "call .contiguous()",
-    )
-    require(
-        logits.device.type != "meta", op, f"{name} is on the meta device: give it a real tensor"
-    )
+    # what is usual is seen at a glance: a decode step asks for every token
+    usual = isinstance(logits, Tensor) and logits.dim() in dims and logits.dtype in FLOATS
+    if usual and logits.stride(-1) == 1 and logits.shape[-1] and not logits.is_meta:
+        return
+    shapes = " or ".join({2: "(N, V)", 3: "(B, T, V)"}[d] for d in dims)
+    check_matrix(op, name, logits, dims, shapes, "vocabulary")
+
+
+def check_matrix(
+    op: str, name: str, x: Tensor, dims: tuple[int, ...], shapes: str, axis: str
+) -> None:
+    """A real floating tensor, its last dimension, called ``axis``, not empty and of stride 1."""
+    # what is wrong is put into words only then: a decode step checks every token
+    if not isinstance(x, Tensor) or x.dtype not in FLOATS or x.dim() not in dims:
+        wanted = f"float16, bfloat16, float32 or float64 {shapes}"
+        raise ValueError(f"{op}: {name} must be {wanted}, got {describe(x)}")
+    if x.shape[-1] == 0:
+        raise ValueError(f"{op}: {name} has an empty {axis}: {describe(x)}")
+    if x.stride(-1) != 1 and x.shape[-1] != 1 and x.numel() != 0:
+        raise ValueError(
+            f"{op}: {name} must have stride 1 along the {axis}, got strides {tuple(x.stride())}: "
+            "call .contiguous()"
+        )
+    if x.device.type == "meta":
+        raise ValueError(f"{op}: {name} is on the meta device: give it a real tensor")
 
 
 def check_tensor(
     op: str, name: str, x: Tensor, shape: tuple, dtypes: tuple, device: torch.device
 ) -> None:
-    kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-    require(
-        isinstance(x, Tensor) and x.shape == shape and x.dtype in dtypes and x.device == device,
-        op,
-        f"{name} must be {kinds} {tuple(shape)} on {device}, got {describe(x)}",
-    )
+    fits = isinstance(x, Tensor) and x.shape == shape and x.dtype in dtypes and x.device == device
+    if not fits:
+        kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        wanted = f"{kinds} {tuple(shape)} on {device}"
+        raise ValueError(f"{op}: {name} must be {wanted}, got {describe(x)}")
 
 
 def check_number(op: str, name: str, x: object, low: float, high: float, wanted: str) -> None:
     """A finite Python number within [low, high]; inside torch.compile it may be symbolic."""
-    number = isinstance(x, int | float | torch.SymFloat | torch.SymInt) and not isinstance(x, bool)
+    number = isinstance(x, NUMBERS) and not isinstance(x, bool)
     # NaN fails the comparison
     if not (number and low <= x <= high):
         # written only here: torch.compile cannot format a symbol
@@ -102,6 +110,10 @@ def check_number(op: str, name: str, x: object, low: float, high: float, wanted:
 def check_scaling(op: str, temperature: float, softcap: float | None) -> None:
     # smaller ones leave no finite score in float32
     check_number(op, "temperature", temperature, 1e-30, LARGEST, "above 0 (1e-30) and finite")
+    check_softcap(op, softcap)
+
+
+def check_softcap(op: str, softcap: float | None) -> None:
     if softcap is not None:
         check_number(op, "softcap", softcap, 1e-30, LARGEST, "above 0 (1e-30) and finite, or None")
 
@@ -126,16 +138,6 @@ def check_token_ids(op: str, tokens: Tensor, mask: Tensor | None, V: int) -> Non
         raise ValueError(f"{op}: token {int(tokens[place])} at {place} is outside [0, {V})")
 
 
-def row_parameter(op: str, name: str, x, like: Tensor, dtypes: tuple) -> Tensor | None:
-    """A tensor parameter as (B,) beside ``like`` (B, V); ``None`` for a Python scalar."""
-    if not isinstance(x, Tensor):
-        return None
-    B = like.shape[0]
-    shape = (B,) if x.dim() else ()
-    check_tensor(op, name, x, shape, dtypes, like.device)
-    return x.expand(B)
-
-
 class WriteBack(torch.autograd.Function):
     """``inplace_backward`` for eager: an identity whose backward overwrites the logits."""
 
@@ -153,4 +155,5 @@ class WriteBack(torch.autograd.Function):
 
 
 def resolve(op: str, logits: Tensor, backend: str, features: tuple[str, ...] = ()) -> str:
-    return registry.resolve(op, logits.device.type, backend, features)
+    device = "cpu" if logits.is_cpu else logits.device.type
+    return registry.resolve(op, device, backend, features)

@@ -1,291 +1,26 @@
-"""Per op: seeded inputs, the shapes that tests need and why, the shapes that benchmarks use.
+"""The cases of every op: the shapes that tests need and why, the shapes that benchmarks use."""
 
-Logits reach the op as they reach it in practice: as views of something bigger, whose rest is NaN.
-"""
-
-import dataclasses
 import math
-from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-from nlhf_kernels import eager
-
-F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-GARBAGE = 2**62
-VOCABULARY = {
-    "llama2-7b": 32_000,
-    "smollm2-135m": 49_152,
-    "llama3-8b": 128_256,
-    "qwen2.5-1.5b": 151_936,
-    "qwen2.5-7b": 152_064,
-    "gemma2-9b": 256_000,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A shape, a dtype and what is special about it; ``why`` is its name in reports."""
-
-    op: str
-    why: str
-    # of the logits; packed cases of pairwise_pg_loss give (B, T, V) too
-    shape: tuple[int, ...]
-    dtype: torch.dtype = F32
-    options: dict = dataclasses.field(default_factory=dict)
-
-    def inputs(
-        self, seed: int = 0, device: str = "cpu", generate_on: str = "cpu"
-    ) -> tuple[tuple, dict]:
-        """Positional and keyword arguments of the public op; equal for equal seeds.
-
-        ``generate_on`` names the device whose generator makes the values: those of the CPU are the
-        same everywhere, gigabytes come sooner from the one that they are for.
-        """
-        generator = torch.Generator(generate_on).manual_seed(seed)
-        return OPS[self.op].build(generator, device, self, **self.options)
-
-    @property
-    def features(self) -> tuple[str, ...]:
-        """What the registry must be asked for, beside the op."""
-        return ("filters",) if "filters" in self.options else ()
-
-    def __str__(self) -> str:
-        return f"{self.op}: {self.why}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Op:
-    build: Callable
-    # the first is the ordinary one, for tests that need just one
-    tests: tuple[Case, ...]
-    # by type of device; the first is the one that says most about an op if there is time for one
-    bench: dict[str, tuple[Case, ...]]
-
-
-# ---- layouts
-
-
-def lay_out(x: Tensor, layout: str, device: str) -> Tensor:
-    """The same values on ``device`` as a view with last stride 1, NaN around it."""
-    *batch, V = x.shape
-    if layout == "dense":
-        return x.to(device).contiguous()
-    if layout == "strided":
-        # one more row or step, as in logits[:, :-1], and an address that no wide load likes
-        bigger = [*batch[:-1], batch[-1] + 1, V + 5]
-        base = torch.full(bigger, math.nan, dtype=x.dtype, device=device)
-        view = base.narrow(-2, 0, batch[-1])[..., 3 : V + 3]
-    elif layout == "transposed":
-        base = torch.full((*reversed(batch), V), math.nan, dtype=x.dtype, device=device)
-        view = base.transpose(0, len(batch) - 1)
-    elif layout == "shared":
-        return x[:1].to(device).expand(x.shape)
-    view.copy_(x)
-    return view
-
-
-def copied(x):
-    """A tensor with the same values and strides in memory of its own; anything else as it is."""
-    if not isinstance(x, Tensor):
-        return x
-    storage = x.detach().untyped_storage().clone()
-    empty = torch.empty(0, dtype=x.dtype, device=x.device)
-    return empty.set_(storage, x.storage_offset(), x.shape, x.stride())
-
-
-def _normal(generator, shape) -> Tensor:
-    return torch.randn(shape, generator=generator, device=generator.device, dtype=F64)
-
-
-def _logits(generator, shape, dtype, scale=3.0) -> Tensor:
-    """Random, with rows where the first, the last or no class stands out."""
-    x = _normal(generator, shape).mul_(scale)
-    rows = x.view(-1, shape[-1])
-    rows[1::4, 0] += 4 * scale
-    rows[2::4, -1] += 4 * scale
-    return x.to(dtype)
-
-
-def _tokens(generator, batch, V) -> Tensor:
-    """Random ids, the first and the last class among them."""
-    tokens = torch.randint(V, batch, generator=generator, device=generator.device)
-    flat = tokens.view(-1)
-    flat[::3], flat[1::4] = V - 1, 0
-    return tokens
-
-
-def _with_infinities(generator, x: Tensor) -> Tensor:
-    """-inf in places, in a whole tile of the first row too, never in a whole row."""
-    out = torch.rand(x.shape, generator=generator, device=generator.device) < 0.3
-    out[0, :1024] = True
-    out[:, -1] = False
-    return x.masked_fill(out, -math.inf)
-
-
-# ---- mixture_sample
-
-
-def _sample_inputs(
-    generator,
-    device,
-    case,
-    ref_dtype=F32,
-    coef=0.25,
-    temperature=0.8,
-    layout="dense",
-    ref_layout="dense",
-    special="",
-    rows=False,
-    filters=None,
-    seed=1234,
-    position=3,
-    scale=3.0,
-    extrapolate=False,
-):
-    B, V = case.shape
-    policy = _logits(generator, (B, V), case.dtype, scale)
-    ref = None if ref_dtype is None else _logits(generator, (B, V), ref_dtype, scale).roll(1, 0)
-    if special == "far tail":
-        policy, seed = _far_tail(V)
-        position = 0
-    elif special == "infinities":
-        policy, ref = (_with_infinities(generator, x) for x in (policy, ref))
-    elif special == "ties":
-        policy, ref = (x.div(4).round() for x in (policy, ref))
-    elif special == "bad rows":
-        policy[0, V // 2], policy[1, -1], policy[2] = math.nan, math.inf, -math.inf
-        ref[3, 0], ref[4, V // 2], ref[5] = math.nan, math.inf, -math.inf
-        # both models are fine, their mixture is empty
-        policy[6], ref[6] = -math.inf, -math.inf
-        policy[6, 0], ref[6, 1] = 0, 0
-    if rows:
-        coef = torch.linspace(0, 1, B, dtype=F32)
-        temperature = torch.tensor([0, 0.3, 0.7, 1, 1.5], dtype=F32).repeat(B)[:B]
-        seed = torch.randint(
-            -(2**63), 2**63 - 1, (B,), generator=generator, device=generator.device
-        )
-        position = torch.arange(B) * 2**30
-    tensors = {"mixture_coef": coef, "temperature": temperature, "seed": seed, "position": position}
-    tensors |= filters or {}
-    kwargs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in tensors.items()}
-    if extrapolate:
-        kwargs["extrapolate"] = True
-    if ref is None:
-        del kwargs["mixture_coef"]
-        return (lay_out(policy, layout, device), None), kwargs
-    return (lay_out(policy, layout, device), lay_out(ref, ref_layout, device)), kwargs
-
-
-# seeds whose noise has a word far in the tail: (seed, where); the words are 210, 287, 243 and 1063
-_TAIL_LANES = ((3068488, 0), (6417572, 3), (8078782, 3))
-_TAIL_TILE = 190326
-
-
-def _far_tail(V: int) -> tuple[Tensor, Tensor]:
-    """Logits (8, V) and seeds: a token of probability 1e-7 just wins, or just does not.
-
-    Noise from 24 bits, or with a cap on its upper tail, decides otherwise.
-    """
-    logits = torch.zeros(8, V)
-    seeds = [seed for seed, _ in _TAIL_LANES] + [_TAIL_TILE]
-    for row, margin in enumerate([0.02] * 4 + [-0.02] * 4):
-        seed = seeds[row % 4]
-        logits[row, 1024:] = -40
-        if row % 4 < 3:
-            lane = _TAIL_LANES[row % 4][1]
-            noise = _noise(seed, 0, 2, torch.arange(-(-min(V, 1024) // 4)))[: min(V, 1024)]
-            best_other = noise[torch.arange(len(noise)) != lane].max()
-            logits[row, lane] = best_other - noise[lane] + margin
-        else:
-            first, second = _noise(seed, torch.arange(2), 1, 0)[::4]
-            logits[row, 1024:] = -math.inf
-            logits[row, 1024] = math.log(1024) + first - second + margin
-    return logits, torch.tensor(seeds * 2)
-
-
-def _noise(seed: int, tile, stage: int, block) -> Tensor:
-    words = eager.philox((0, tile, stage, block), (seed, 0))
-    return eager.gumbel(torch.stack(words, -1).flatten(), F64)
-
-
-def _sample(why, shape, dtype=F32, **options) -> Case:
-    return Case("mixture_sample", why, shape, dtype, options)
-
-
-_SAMPLE_TESTS = (
-    _sample("ordinary: two tiles and a tail, strided", (6, 2050), layout="strided"),
-    _sample("one below a tile", (4, 1023)),
-    _sample("one tile", (4, 1024)),
-    _sample("one above a tile", (4, 1025)),
-    _sample("more tiles than a program takes", (2, 5121), F16, ref_dtype=F16),
-    _sample("one class, one row", (1, 1)),
-    _sample("no rows", (0, 50)),
-    _sample("no reference", (5, 70), ref_dtype=None),
-    _sample("bf16, strided, misaligned", (3, 1030), BF16, ref_dtype=BF16, layout="strided"),
-    _sample("f16 beside f32", (5, 70), F16, ref_layout="strided"),
-    _sample("bf16 beside f64", (5, 70), BF16, ref_dtype=F64),
-    _sample("f64", (5, 1030), F64, ref_dtype=F64, layout="strided"),
-    _sample("one row of the reference for all", (5, 70), ref_layout="shared"),
-    _sample("parameters per row", (10, 70), rows=True),
-    _sample("parameters per row, f64", (6, 70), F64, rows=True),
-    _sample("-inf in the mixture", (4, 1100), special="infinities"),
-    _sample("-inf, coefficient 0", (4, 1100), special="infinities", coef=0.0),
-    _sample("-inf, coefficient 1", (4, 1100), special="infinities", coef=1.0),
-    _sample("bad rows", (9, 40), special="bad rows"),
-    _sample("bad temperatures", (5, 40), temperature=torch.tensor([-1, math.nan, math.inf, 1, 0])),
-    _sample("bad coefficients", (4, 40), coef=torch.tensor([math.nan, math.inf, 1, 0.5])),
-    _sample("temperature 0, ties", (6, 1100), special="ties", temperature=0.0, coef=0.5),
-    _sample("the coldest temperature", (4, 70), temperature=1e-30),
-    _sample("a hot one", (4, 70), temperature=1e4),
-    _sample("extrapolation", (4, 1100), special="infinities", coef=-0.5, extrapolate=True),
-    _sample("extrapolation beyond 1", (4, 40), coef=1.5, extrapolate=True),
-    _sample("the far tail", (8, 1025), ref_dtype=None, special="far tail", temperature=1.0),
-    _sample("a negative seed, a high position", (4, 70), seed=-(2**63), position=2**40 + 2**31),
-    _sample("top-k", (6, 1100), filters={"top_k": 3}, special="ties"),
-    _sample("top-p", (6, 70), filters={"top_p": 0.7}),
-    _sample("min-p", (6, 70), filters={"min_p": 0.05}),
-    _sample(
-        "all filters, per row",
-        (6, 1100),
-        rows=True,
-        filters={
-            "top_k": torch.tensor([0, 1, 5, 50, 2000, 7]),
-            "top_p": torch.tensor([0.9, 1.0, 0.5, 0.95, 0.99, 1e-6]),
-            "min_p": torch.tensor([0.0, 0.1, 0.0, 0.01, 1.0, 0.5]),
-        },
-    ),
+from nlhf_kernels.testing import sampling
+from nlhf_kernels.testing.case import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    GARBAGE,
+    OPS,
+    VOCABULARY,
+    Case,
+    Op,
+    lay_out,
+    normal,
+    random_logits,
+    random_tokens,
+    with_infinities,
 )
-
-
-def _decode(model, B, dtype=F32) -> Case:
-    why = f"{model}, B={B}" + (", bfloat16" if dtype == BF16 else "")
-    return _sample(why, (B, VOCABULARY[model]), dtype, ref_dtype=dtype)
-
-
-# on a CPU every vocabulary once and every batch size once: a peer that is compiled for a shape
-# takes longer to compile than to measure
-_SAMPLE_BENCH = {
-    "cpu": (
-        _decode("qwen2.5-1.5b", 16),
-        _decode("qwen2.5-1.5b", 1),
-        _decode("qwen2.5-1.5b", 64),
-        _decode("qwen2.5-1.5b", 16, BF16),
-        _decode("llama2-7b", 16),
-        _decode("smollm2-135m", 16),
-        _decode("qwen2.5-7b", 16),
-        _decode("llama3-8b", 16),
-        _decode("gemma2-9b", 16),
-        _decode("gemma2-9b", 64),
-    ),
-    "cuda": tuple(
-        _decode(model, B, BF16)
-        for B in (64, 1, 512)
-        for model in ("qwen2.5-7b", "smollm2-135m", "llama3-8b", "gemma2-9b")
-    ),
-}
-
 
 # ---- token_logprobs
 
@@ -294,12 +29,12 @@ def _logprobs_inputs(
     generator, device, case, layout="dense", infinities=False, shift=0.0, scale=3.0, **kwargs
 ):
     *batch, V = case.shape
-    logits = _logits(generator, case.shape, F64, scale).add_(shift)
+    logits = random_logits(generator, case.shape, F64, scale).add_(shift)
     if infinities:
-        flat = _with_infinities(generator, logits.reshape(-1, V))
+        flat = with_infinities(generator, logits.reshape(-1, V))
         logits = flat.view(logits.shape)
     logits = lay_out(logits.to(case.dtype), layout, device)
-    return (logits, _tokens(generator, batch, V).to(device)), kwargs
+    return (logits, random_tokens(generator, batch, V).to(device)), kwargs
 
 
 def _logprobs(why, shape, dtype=F32, **options) -> Case:
@@ -375,14 +110,14 @@ def _pg_inputs(
         real[:1, 1:2] = False
     elif masked == "middle":
         real[:, 4:-4] = False
-    logits = _logits(generator, case.shape, F64).add_(shift)
-    tokens = _tokens(generator, (B, T), V)
+    logits = random_logits(generator, case.shape, F64).add_(shift)
+    tokens = random_tokens(generator, (B, T), V)
     # an untrained copy is near the reference: small log-ratios of both signs
-    ref_logits = _normal(generator, case.shape).mul_(0.5).add_(logits)
+    ref_logits = normal(generator, case.shape).mul_(0.5).add_(logits)
     temperature = kwargs.get("temperature", 1.0)
     rows = logits if temperature == 1 else logits / temperature
     logprobs = rows.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-    ref_logprobs = logprobs + _normal(generator, (B, T))
+    ref_logprobs = logprobs + normal(generator, (B, T))
     supplied_logprobs = logprobs + 0.1
     preference = torch.rand(B, generator=generator, device=generator.device, dtype=F64)
 
@@ -453,25 +188,32 @@ _PG_TESTS = (
 )  # fmt: skip
 
 
-OPS = {
-    "mixture_sample": Op(_sample_inputs, _SAMPLE_TESTS, _SAMPLE_BENCH),
+OPS |= {
+    "mixture_sample": sampling.MIXTURE_SAMPLE,
+    "linear_mixture_sample": sampling.LINEAR_MIXTURE_SAMPLE,
     "token_logprobs": Op(_logprobs_inputs, _LOGPROBS_TESTS, _loss_bench(_logprobs)),
     "pairwise_pg_loss": Op(_pg_inputs, _PG_TESTS, _loss_bench(_pg, masked="none")),
 }
+SAMPLERS = ("mixture_sample", "linear_mixture_sample")
 
 
 def traffic(case: Case, backward: bool = False) -> tuple[int, int]:
     """(bytes, FLOPs) that a call cannot avoid: every logit moved once, 4 flops per logit and pass.
 
     An exponential counts as one. What is per token or row is left out: it is a V-th of the rest.
+    Where the logits are made first, a call moves the heads and hidden states, and multiplies them.
     """
     size = math.prod(case.shape)
     itemsize = case.dtype.itemsize
+    assert not (backward and case.op in SAMPLERS), "sampling has no gradient"
     if case.op == "mixture_sample":
-        assert not backward, "sampling has no gradient"
         ref = case.options.get("ref_dtype", F32)
         # both models and, with a reference, three distributions
         return size * (itemsize + (ref.itemsize if ref else 0)), size * (12 if ref else 4)
+    if case.op == "linear_mixture_sample":
+        B, D, V = case.shape
+        heads = 1 if case.options.get("heads") == "shared" else 2
+        return (heads * V + 2 * B) * D * itemsize, 2 * 2 * size
     if backward:
         return 2 * size * itemsize, 4 * size
     models = 2 if case.options.get("ref") == "logits" else 1

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import nlhf_kernels as nk
 from nlhf_kernels import eager, registry
-from nlhf_kernels.testing.cases import Case, copied
+from nlhf_kernels.testing.case import Case, copied
+from nlhf_kernels.testing.cases import SAMPLERS
 
 # by dtype of the output, whatever the inputs: (rtol, atol). Logits and their statistics are of
 # order 10, where one ulp of float32 is 1e-6; 16 bits are for gradients, rounded once
@@ -59,7 +60,9 @@ class Answers:
     def inputs(self) -> tuple[tuple, dict]:
         """In memory of their own each time: who is judged may write over them, right or wrong."""
         args, kwargs = self._inputs
-        return tuple(map(copied, args)), {name: copied(x) for name, x in kwargs.items()}
+        # what is given twice stays one
+        own = {id(x): copied(x) for x in (*args, *kwargs.values())}
+        return tuple(own[id(x)] for x in args), {name: own[id(x)] for name, x in kwargs.items()}
 
     def once(self, name: str, make: Callable[[tuple, dict], Any], by: Tensor | None = None) -> Any:
         """``make(args, kwargs)``; once more if ``by``, which it depends on, is another."""
@@ -81,8 +84,8 @@ def check_by(
     answers: Answers, op: str, backend: str, *, by_own_logprobs: bool = False, inplace: bool = False
 ) -> None:
     """``check`` by answers that others are judged by too; ``inplace``: with a backward in place."""
-    if op == "mixture_sample":
-        _check_sample(answers, backend)
+    if op in SAMPLERS:
+        _check_sample(answers, op, backend)
     else:
         _check_differentiable(answers, op, backend, by_own_logprobs, inplace)
 
@@ -277,15 +280,16 @@ def _check_differentiable(
 # ---- sampling
 
 
-def _check_sample(answers: Answers, backend: str) -> None:
+def _check_sample(answers: Answers, op: str, backend: str) -> None:
     args, kwargs = answers.inputs()
     before = Snapshot(args, kwargs)
     with poisoned_memory():
-        got = nk.mixture_sample(*args, **kwargs, backend=backend)
+        got = getattr(nk, op)(*args, **kwargs, backend=backend)
     before.require_unchanged()
-    assert type(got) is nk.MixtureSample, f"mixture_sample returns {type(got)}"
+    assert type(got) is nk.MixtureSample, f"{op} returns {type(got)}"
 
-    draw = answers.once("draw", lambda args, kwargs: Draw(*args, **kwargs))
+    right = {"mixture_sample": Draw, "linear_mixture_sample": linear_draw}[op]
+    draw = answers.once("draw", lambda args, kwargs: right(*args, **kwargs))
     compare("tokens where a row is bad", got.tokens < 0, draw.bad, torch.bool)
     assert got.tokens.dtype == torch.int64, f"tokens are {got.tokens.dtype}"
     draw.require_winners(got.tokens)
@@ -294,15 +298,52 @@ def _check_sample(answers: Answers, backend: str) -> None:
         compare(name, getattr(got, name), want[name], draw.dtype)
 
 
+def linear_draw(
+    policy_hidden, policy_weight, ref_hidden=None, ref_weight=None, *, policy_bias=None,
+    ref_bias=None, softcap=None, **settings,
+) -> "Draw":  # fmt: skip
+    """The draw from logits that are made in float64."""
+    models = [(policy_hidden, policy_weight, policy_bias)]
+    if ref_hidden is not None:
+        shared = ref_weight is None
+        models.append((ref_hidden, *(models[0][1:] if shared else (ref_weight, ref_bias))))
+    made = [_wide_logits(*model, softcap) for model in models]
+    return Draw(
+        *(logits for logits, _ in made),
+        *[None] * (2 - len(made)),
+        **settings,
+        dtype=eager.statistics_dtype(policy_hidden, ref_hidden),
+        sums=[length for _, length in made],
+    )
+
+
+def _wide_logits(hidden, weight, bias, softcap, at_once: int = 2**24) -> tuple[Tensor, Tensor]:
+    """((B, V) logits, (B,) how large a partial sum of one can become)."""
+    hidden, pieces, longest = hidden.double(), [], 0.0
+    for piece in weight.split(max(1, at_once // weight.shape[1])):
+        piece = piece.double()
+        pieces.append(torch.einsum("bd,vd->bv", hidden, piece))
+        longest = max(longest, float(piece.norm(dim=1).max()))
+    logits = torch.cat(pieces, 1)
+    if bias is not None:
+        logits = logits + bias.double()
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    return logits, hidden.norm(dim=1) * longest
+
+
 class Draw:
     """The contract of ``mixture_sample`` once more, in float64 and in the plainest way.
 
-    The noise is the contract's, in the statistics dtype; the rest is not ``eager``'s code.
+    The noise is the contract's, in the statistics dtype; the rest is not ``eager``'s code. Where
+    the op makes the logits itself, ``sums`` are the (B,) sizes of their partial sums, by model, and
+    ``dtype`` is that of its statistics.
     """
 
     def __init__(self, policy, ref, *, mixture_coef=0.0, temperature=1.0, top_k=0, top_p=1.0,
-                 min_p=0.0, seed, position, extrapolate=False):  # fmt: skip
-        self.dtype = eager.statistics_dtype(policy, ref)
+                 min_p=0.0, seed, position, extrapolate=False, dtype=None,
+                 sums=(0.0, 0.0)):  # fmt: skip
+        self.dtype = dtype or eager.statistics_dtype(policy, ref)
         B = policy.shape[0]
         device = policy.device
 
@@ -336,8 +377,13 @@ class Draw:
         self.seeds = seed if isinstance(seed, Tensor) else eager.fold_in(seed, whole_batch)
         self.position = row(position, torch.int64)[:, 0]
         # what eight roundings of the largest operands can do to a score
-        largest = sum(c.abs()[:, 0] * finite_maximum(x) for c, x in terms) / self.divisor[:, 0]
-        self.tie = 8 * torch.finfo(self.dtype).eps * (32 + largest)
+        largest = sum(c.abs()[:, 0] * finite_maximum(x) for c, x in terms)
+        # a sum of D terms errs by half an ulp of each partial sum, which is a random walk: for
+        # terms of random signs sqrt(D) ulps of a D-th of the whole; four times what that comes to
+        summed = sum(c.abs()[:, 0] * x for (c, _), x in zip(terms, sums, strict=False))
+        eps = torch.finfo(self.dtype).eps
+        self.tie = 8 * eps * (32 + largest / self.divisor[:, 0])
+        self.tie += 4 * eps * summed / self.divisor[:, 0]
 
     def _tempered(self, x: Tensor) -> Tensor:
         return (x - x.amax(1, keepdim=True)) / self.divisor

@@ -17,6 +17,8 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 TILE = tl.constexpr(1024)
 UINT32 = 0xFFFFFFFF
+# of a search: a round narrows the range to a part
+PIVOTS = tl.constexpr(8)
 
 # ids per step of the row kernels, and the warps that share them: 16 float32 a thread
 BLOCK = 2048
@@ -207,6 +209,51 @@ def rounded_to(x, dtype: tl.constexpr):
         return up.to(tl.uint16).to(dtype, bitcast=True)
     else:
         return x.to(dtype)
+
+
+# ---- searching
+
+
+@triton.jit
+def order_of(x):
+    """Where a number stands among all of its dtype: uint64, increasing, from -inf to inf."""
+    if x.dtype == tl.float64:
+        bits = x.to(tl.int64, bitcast=True)
+        # of negative numbers the magnitude counts backwards
+        bits = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
+        return bits.to(tl.uint64, bitcast=True) ^ 0x8000000000000000
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        return (bits.to(tl.int64) + 0x80000000).to(tl.uint64)
+
+
+@triton.jit
+def number_at(order, dtype: tl.constexpr):
+    """The number that stands there."""
+    if dtype == tl.float64:
+        bits = (order ^ 0x8000000000000000).to(tl.int64, bitcast=True)
+        return (bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)).to(dtype, bitcast=True)
+    else:
+        bits = (order.to(tl.int64) - 0x80000000).to(tl.int32)
+        return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(dtype, bitcast=True)
+
+
+@triton.jit
+def pivots(low, high, dtype: tl.constexpr):
+    """(PIVOTS,) numbers, increasing, that divide what lies above ``low``, up to ``high``."""
+    number = (tl.arange(0, PIVOTS) + 1).to(tl.uint64)
+    step = (high - low) // PIVOTS + 1
+    return number_at(tl.minimum(low + step * number, high), dtype)
+
+
+@triton.jit
+def narrowed(low, high, reached):
+    """What is left of the range from ``low`` to ``high`` when that many pivots are reached."""
+    step = (high - low) // PIVOTS + 1
+    number = reached.to(tl.uint64)
+    below = tl.minimum(low + step * (number + 1), high) - 1
+    return tl.minimum(low + step * number, high), tl.where(reached == PIVOTS, high, below)
 
 
 # ---- random numbers

@@ -1,8 +1,10 @@
-"""``mixture_sample`` on Triton: statistics per tile of 1,024 ids, then one program per row.
+"""``mixture_sample`` on Triton: statistics per tile of 1,024 ids, then the two races of each row.
 
-The first kernel reads the logits once, spread over rows and groups of tiles, so that a decode step
-with few rows still fills the device. The second merges a row's tiles in a fixed order, draws the
-tile, reads it again and draws the token: results do not depend on how the first was scheduled.
+``mixture_tile_kernel`` reads the logits once, spread over rows and tiles, so that a decode step
+with few rows still fills the device; the last program of a row to finish merges the row's tiles in
+a fixed order, draws the tile, reads it again and draws the token. Results do not depend on who is
+last. With filters it only leaves the statistics, and ``mixture_filter_kernel`` goes on, one program
+for a row: it finds the threshold, sums up what is kept, and draws.
 """
 
 import torch
@@ -11,12 +13,27 @@ import triton.language as tl
 
 from nlhf_kernels.backends.triton import common
 from nlhf_kernels.backends.triton.common import TILE
+from nlhf_kernels.backends.triton.mixture_draw import (
+    draw_row,
+    exponent_scale,
+    load_logits,
+    merge_tiles,
+    mixture_of,
+    row_scalar,
+    store_tiles,
+)
+from nlhf_kernels.backends.triton.mixture_filters import find_threshold, sum_kept
 
-# tiles per program of the first kernel: with its warps, 16 ids a thread and model
-GROUP = 4
-# no fused multiply-add: both kernels, and eager, must see the same mixture to the last bit
-TILE_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
-DRAW_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+# no fused multiply-add: whoever reads a tile again must see the same mixture to the last bit
+TILE_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+FILTER_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+# programs of the tile kernel beyond which each takes several groups of tiles
+PROGRAMS = 8192
+# rows of a launch of the filter kernel, each with room for a list of its logits
+SLOTS = 256
+
+# arrivals of the programs of each row, all zero between launches: (device, stream) -> (rows,) int32
+_counters: dict[tuple, torch.Tensor] = {}
 
 
 def mixture_sample_fwd(
@@ -26,6 +43,12 @@ def mixture_sample_fwd(
     mixture_coef_rows,
     temperature,
     temperature_rows,
+    top_k,
+    top_k_rows,
+    top_p,
+    top_p_rows,
+    min_p,
+    min_p_rows,
     seed,
     seed_rows,
     position,
@@ -41,12 +64,15 @@ def mixture_sample_fwd(
     if B == 0:
         return outputs
 
+    filter_rows = (top_k_rows, top_p_rows, min_p_rows)
+    # the values of a tensor are not looked at: that would stall the device
+    filters = any(x is not None for x in filter_rows) or (top_k, top_p, min_p) != (0, 1, 0)
     tiles = triton.cdiv(vocab, TILE.value)
     # maximum and sum per tile, of the mixture, the policy and ref
     statistics = torch.empty((B, 2 if ref_logits is None else 6, tiles), **new)
-    coef_rows, temperature_rows, seed_rows, position_rows = (
+    coef_rows, temperature_rows, seed_rows, position_rows, *filter_rows = (
         None if rows is None else rows.contiguous()
-        for rows in (mixture_coef_rows, temperature_rows, seed_rows, position_rows)
+        for rows in (mixture_coef_rows, temperature_rows, seed_rows, position_rows, *filter_rows)
     )
     models = (
         policy_logits,
@@ -61,126 +87,77 @@ def mixture_sample_fwd(
         mixture_coef,
         temperature,
     )
-    common.launch(
-        mixture_tile_kernel,
-        (B, triton.cdiv(tiles, GROUP)),
-        policy_logits,
-        *models,
-        GROUP=GROUP,
-        **TILE_OPTIONS,
-    )
-    common.launch(
-        mixture_draw_kernel,
-        (B,),
-        policy_logits,
-        *models,
+    draw = (
         *outputs,
         seed_rows,
         position_rows,
         common.signed_word(seed),
         common.signed_word(seed >> 32),
         common.signed_word(position),
-        TILES=triton.next_power_of_2(tiles),
-        **DRAW_OPTIONS,
     )
+    constants = {
+        "TILES": triton.next_power_of_2(tiles),
+        # neither coefficient is rounded to 0
+        "ORDINARY": mixture_coef_rows is None and 1e-37 < mixture_coef < 1 - 2.0**-24,
+    }
+    groups = triton.cdiv(tiles, group(dtype))
+    programs = triton.cdiv(groups, max(1, B * groups // PROGRAMS))
+    common.launch(
+        mixture_tile_kernel,
+        (B, programs),
+        policy_logits,
+        *models,
+        *draw,
+        None if filters else counters(policy_logits, B),
+        **constants,
+        **TILE_OPTIONS,
+    )
+    if filters:
+        lists = torch.empty((min(B, SLOTS), vocab + 2 * tiles), **new)
+        for first_row in range(0, B, SLOTS):
+            common.launch(
+                mixture_filter_kernel,
+                (min(B - first_row, SLOTS),),
+                policy_logits,
+                *models,
+                *draw,
+                *filter_rows,
+                min(top_k, vocab),
+                top_p,
+                min_p,
+                lists,
+                first_row,
+                **constants,
+                **FILTER_OPTIONS,
+            )
     return outputs
 
 
-@triton.jit
-def row_scalar(rows_ptr, row, scalar, dtype: tl.constexpr):
-    """The parameter of a row: its entry, or the scalar of all rows."""
-    if rows_ptr is not None:
-        return tl.load(rows_ptr + row).to(dtype)
-    else:
-        return tl.full((), scalar, tl.float64).to(dtype)
+def group(dtype):
+    """Tiles that a program of the tile kernel reads at a time: a warp each, or two in float64."""
+    return 16 // dtype.itemsize
 
 
-@triton.jit
-def mixture_of(policy, ref, coef):
-    """(1 - coef) policy + coef ref; a coefficient of 0 leaves its model out, infinities too."""
-    rest = 1.0 - coef
-    policy = tl.where(rest == 0, 0.0, policy)
-    ref = tl.where(coef == 0, 0.0, ref)
-    # for a negative coefficient -inf would come out as inf
-    never = (policy == float("-inf")) | (ref == float("-inf"))
-    return tl.where(never, float("-inf"), rest * policy + coef * ref)
-
-
-@triton.jit
-def load_logits(logits_ptr, ids, inside, dtype: tl.constexpr):
-    x = tl.load(logits_ptr + ids, mask=inside, other=0).to(dtype)
-    return tl.where(inside, x, float("-inf"))
-
-
-@triton.jit
-def store_tiles(statistics_ptr, x, divisor, tile, tiles, stream: tl.constexpr):
-    """Maximum and shifted sum of exponentials of each row of ``x``, which is a tile.
-
-    NaN or inf anywhere makes the sum NaN, and it stays NaN to the end: that is how a bad row is
-    known.
-    """
-    top = common.largest(x, 1)
-    total = tl.sum(tl.exp((x - common.shift_of(top)[:, None]) / divisor), 1)
-    place = 2 * stream * tiles + tile
-    tl.store(statistics_ptr + place, top, mask=tile < tiles)
-    tl.store(statistics_ptr + tiles + place, total, mask=tile < tiles)
-
-
-@triton.jit
-def merge_tiles(statistics_ptr, divisor, tile, tiles, stream: tl.constexpr):
-    """(maximum, log of the shifted sum) of a row, and per tile the log of its mass relative to it.
-
-    The second is NaN for a row with NaN, inf or no finite logit.
-    """
-    place = 2 * stream * tiles + tile
-    top = tl.load(statistics_ptr + place, mask=tile < tiles, other=float("-inf"))
-    total = tl.load(statistics_ptr + tiles + place, mask=tile < tiles, other=0)
-    highest = common.largest(top, 0)
-    down = (top - common.shift_of(highest)) / divisor
-    log_total = tl.log(tl.sum(total * tl.exp(down), 0))
-    log_total = tl.where(highest == float("-inf"), float("nan"), log_total)
-    return highest, log_total, down + tl.log(total), top
-
-
-@triton.jit(do_not_specialize=["tiles"])
-def mixture_tile_kernel(
-    policy_ptr,
-    ref_ptr,
-    statistics_ptr,
-    coef_rows_ptr,
-    temperature_rows_ptr,
-    policy_stride,
-    ref_stride,
-    vocab,
-    tiles,
-    coef: tl.float64,
-    temperature: tl.float64,
-    GROUP: tl.constexpr,
-):
-    """GROUP tiles of one row per program: maximum and sum of the mixture, the policy and ref."""
-    dtype: tl.constexpr = statistics_ptr.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
-    divisor = row_scalar(temperature_rows_ptr, row, temperature, dtype)
-    divisor = tl.where(divisor == 0, 1.0, divisor)
-    tile = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
-    ids = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    inside = ids < vocab
-    policy = load_logits(policy_ptr + row * policy_stride, ids, inside, dtype)
-    if ref_ptr is None:
-        statistics_ptr += row * 2 * tiles
-        store_tiles(statistics_ptr, policy, divisor, tile, tiles, 0)
-    else:
-        statistics_ptr += row * 6 * tiles
-        ref = load_logits(ref_ptr + row * ref_stride, ids, inside, dtype)
-        mixture = mixture_of(policy, ref, row_scalar(coef_rows_ptr, row, coef, dtype))
-        mixture = tl.where(inside, mixture, float("-inf"))
-        store_tiles(statistics_ptr, mixture, divisor, tile, tiles, 0)
-        store_tiles(statistics_ptr, policy, divisor, tile, tiles, 1)
-        store_tiles(statistics_ptr, ref, divisor, tile, tiles, 2)
+def counters(logits, rows):
+    """(rows,) zeros that the launch leaves zero: no two launches may use them at a time."""
+    device, stream = logits.device, 0
+    if device.type != "cpu":
+        with torch.cuda.device_of(logits):
+            # a replay may run beside anything: a graph has its own
+            own = device.type != "cuda" or torch.cuda.is_current_stream_capturing()
+        if own:
+            return torch.zeros(rows, dtype=torch.int32, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    found = _counters.get((device, stream))
+    if found is None or len(found) < rows:
+        size = max(1024, triton.next_power_of_2(rows))
+        found = torch.zeros(size, dtype=torch.int32, device=device)
+        _counters[device, stream] = found
+    return found
 
 
 @triton.jit(do_not_specialize=["tiles", "seed_low", "seed_high", "position"])
-def mixture_draw_kernel(
+def mixture_tile_kernel(
     policy_ptr,
     ref_ptr,
     statistics_ptr,
@@ -202,78 +179,130 @@ def mixture_draw_kernel(
     seed_low: tl.int32,
     seed_high: tl.int32,
     position: tl.int32,
+    arrived_ptr,
     TILES: tl.constexpr,
+    ORDINARY: tl.constexpr,
 ):
-    """One row per program: the race of the tiles, then that of the winner's ids."""
+    """Maximum and sum of the mixture, the policy and ref, for some of a row's tiles.
+
+    Without ``arrived_ptr`` that is all; else the last program of the row draws.
+    """
     dtype: tl.constexpr = statistics_ptr.dtype.element_ty
+    GROUP: tl.constexpr = 128 // dtype.primitive_bitwidth
+    # 128 bits a thread at a time, so that one warp, or two, have a tile to themselves
+    NARROW: tl.constexpr = (
+        ref_ptr is None or ref_ptr.dtype.element_ty.primitive_bitwidth == 16
+    ) and policy_ptr.dtype.element_ty.primitive_bitwidth == 16
+    LANES: tl.constexpr = 256 if NARROW else 128
     row = tl.program_id(0).to(tl.int64)
     heat = row_scalar(temperature_rows_ptr, row, temperature, dtype)
-    greedy = heat == 0
-    divisor = tl.where(greedy, 1.0, heat)
-    tile = tl.arange(0, TILES)
-    zero = tl.full((), 0, tl.uint32)
-
-    if seed_rows_ptr is not None:
-        seed = tl.load(seed_rows_ptr + row)
-        key_low = common.word(seed)
-        key_high = common.word(seed >> 32)
-    else:
-        last = tl.full((), 0x80000000, tl.uint32)
-        low, high = common.word(seed_low), common.word(seed_high)
-        key_low, key_high, _, _ = common.philox(
-            low, high, common.word(row), common.word(row >> 32), zero, last
-        )
-    if position_rows_ptr is not None:
-        place = common.word(tl.load(position_rows_ptr + row))
-    else:
-        place = common.word(position)
-
+    scale = exponent_scale(tl.where(heat == 0, 1.0, heat))
+    b = row_scalar(coef_rows_ptr, row, coef, dtype)
+    policy_ptr += row * policy_stride
+    if ref_ptr is not None:
+        ref_ptr += row * ref_stride
     statistics_ptr += row * (2 if ref_ptr is None else 6) * tiles
-    mixture_top, mixture_log, level, tops = merge_tiles(statistics_ptr, divisor, tile, tiles, 0)
-    bad = (mixture_log != mixture_log) | (heat < 0)
-    one = tl.full((TILES,), 1, tl.uint32)
-    noise, _, _, _ = common.philox(key_low, key_high, place + one * 0, common.word(tile), one, zero)
-    score = tl.where(greedy, tops, level + common.gumbel(noise, dtype))
-    # argmax of NaN is nobody's; the row is bad by then
-    winner = tl.argmax(tl.where(score == score, score, float("-inf")), 0)
+    # the parts of tiles in turn: rows of a block are dealt out to the warps one by one
+    part = tl.arange(0, GROUP * TILE // LANES)[:, None]
+    lane = part % GROUP * TILE + part // GROUP * LANES + tl.arange(0, LANES)[None, :]
+    for first in range(tl.program_id(1) * GROUP, tiles, tl.num_programs(1) * GROUP):
+        tile = first + tl.arange(0, GROUP)
+        ids = first * TILE + lane
+        whole = (first + GROUP) * TILE <= vocab
+        policy = load_logits(policy_ptr, ids, vocab, whole, dtype)
+        if ref_ptr is None:
+            store_tiles(statistics_ptr, policy, scale, tile, tiles, 0)
+        else:
+            ref = load_logits(ref_ptr, ids, vocab, whole, dtype)
+            mixture = mixture_of(policy, ref, b, ORDINARY)
+            store_tiles(statistics_ptr, mixture, scale, tile, tiles, 0)
+            store_tiles(statistics_ptr, policy, scale, tile, tiles, 1)
+            store_tiles(statistics_ptr, ref, scale, tile, tiles, 2)
+    if arrived_ptr is not None:
+        # every thread's statistics come before the one arrival
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrived_ptr + row, 1, sem="acq_rel", scope="gpu")
+        if arrived == tl.num_programs(1) - 1:
+            tl.store(arrived_ptr + row, 0)
+            draw_row(
+                row, policy_ptr, ref_ptr, statistics_ptr, vocab, tiles, b, heat, tokens_ptr,
+                policy_logprobs_ptr, ref_logprobs_ptr, sampling_logprobs_ptr, log_kept_mass_ptr,
+                seed_rows_ptr, position_rows_ptr, seed_low, seed_high, position, None, None, None,
+                TILES, ORDINARY,
+            )  # fmt: skip
 
-    lane = tl.arange(0, TILE)
-    ids = winner * TILE + lane
-    inside = ids < vocab
-    policy = load_logits(policy_ptr + row * policy_stride, ids, inside, dtype)
-    mixture = policy
-    if ref_ptr is not None:
-        ref = load_logits(ref_ptr + row * ref_stride, ids, inside, dtype)
-        mixture = mixture_of(policy, ref, row_scalar(coef_rows_ptr, row, coef, dtype))
-        mixture = tl.where(inside, mixture, float("-inf"))
-    block = common.word(lane // 4)
-    two = tl.full((TILE,), 2, tl.uint32)
-    w0, w1, w2, w3 = common.philox(
-        key_low, key_high, place + two * 0, common.word(winner), two, block
-    )
-    which = lane % 4
-    noise = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
-    score = (mixture - common.shift_of(mixture_top)) / divisor
-    score = tl.where(greedy, mixture, score + common.gumbel(noise, dtype))
-    drawn = tl.argmax(tl.where(score == score, score, float("-inf")), 0)
-    chosen = lane == drawn
 
-    if ref_ptr is not None:
-        policy_top, policy_log, _, _ = merge_tiles(statistics_ptr, divisor, tile, tiles, 1)
-        ref_top, ref_log, _, _ = merge_tiles(statistics_ptr, divisor, tile, tiles, 2)
-        bad = bad | (policy_log != policy_log) | (ref_log != ref_log)
-        at = common.largest(tl.where(chosen, ref, float("-inf")), 0)
-        logprob = (at - common.shift_of(ref_top)) / divisor - ref_log
-        tl.store(ref_logprobs_ptr + row, tl.where(bad, float("nan"), logprob))
+@triton.jit(do_not_specialize=["tiles", "seed_low", "seed_high", "position", "top_k", "first_row"])
+def mixture_filter_kernel(
+    policy_ptr,
+    ref_ptr,
+    statistics_ptr,
+    coef_rows_ptr,
+    temperature_rows_ptr,
+    policy_stride,
+    ref_stride,
+    vocab,
+    tiles,
+    coef: tl.float64,
+    temperature: tl.float64,
+    tokens_ptr,
+    policy_logprobs_ptr,
+    ref_logprobs_ptr,
+    sampling_logprobs_ptr,
+    log_kept_mass_ptr,
+    seed_rows_ptr,
+    position_rows_ptr,
+    seed_low: tl.int32,
+    seed_high: tl.int32,
+    position: tl.int32,
+    top_k_rows_ptr,
+    top_p_rows_ptr,
+    min_p_rows_ptr,
+    top_k: tl.int32,
+    top_p: tl.float64,
+    min_p: tl.float64,
+    lists_ptr,
+    first_row,
+    TILES: tl.constexpr,
+    ORDINARY: tl.constexpr,
+):
+    """One row per program: the threshold of the three filters, what they keep, and the draw."""
+    dtype: tl.constexpr = statistics_ptr.dtype.element_ty
+    list_ptr = lists_ptr + tl.program_id(0).to(tl.int64) * (vocab + 2 * tiles)
+    row = tl.program_id(0).to(tl.int64) + first_row
+    heat = row_scalar(temperature_rows_ptr, row, temperature, dtype)
+    divisor = tl.where(heat == 0, 1.0, heat)
+    b = row_scalar(coef_rows_ptr, row, coef, dtype)
+    p = row_scalar(top_p_rows_ptr, row, top_p, dtype)
+    least = row_scalar(min_p_rows_ptr, row, min_p, dtype)
+    if top_k_rows_ptr is not None:
+        # beyond the vocabulary it may be beyond 32 bits
+        k = tl.minimum(tl.load(top_k_rows_ptr + row), vocab).to(tl.int32)
     else:
-        policy_top, policy_log = mixture_top, mixture_log
-    at = common.largest(tl.where(chosen, policy, float("-inf")), 0)
-    logprob = (at - common.shift_of(policy_top)) / divisor - policy_log
-    tl.store(policy_logprobs_ptr + row, tl.where(bad, float("nan"), logprob))
-    at = common.largest(tl.where(chosen, mixture, float("-inf")), 0)
-    logprob = (at - common.shift_of(mixture_top)) / divisor - mixture_log
-    logprob = tl.where(greedy, 0.0, logprob)
-    tl.store(sampling_logprobs_ptr + row, tl.where(bad, float("nan"), logprob))
-    tl.store(log_kept_mass_ptr + row, tl.where(bad, float("nan"), 0.0))
-    token = (winner * TILE + drawn).to(tl.int64)
-    tl.store(tokens_ptr + row, tl.where(bad, -1, token))
+        k = tl.full((), top_k, tl.int32)
+    policy_ptr += row * policy_stride
+    if ref_ptr is not None:
+        ref_ptr += row * ref_stride
+    statistics_ptr += row * (2 if ref_ptr is None else 6) * tiles
+    top, log_total, _, tops, kept = merge_tiles(
+        statistics_ptr, divisor, tl.arange(0, TILES), tiles, 0
+    )
+    threshold = tl.full((), float("-inf"), dtype)
+    ties = tl.full((TILES,), TILE, tl.int32)
+    asked = ((k > 0) & (k < vocab)) | ~(p >= 1) | (least > 0)
+    # of a bad row nothing is drawn, and of a cold one the maximum
+    if asked & (log_total == log_total) & (heat > 0) & (heat < float("inf")):
+        threshold, last = find_threshold(
+            list_ptr, policy_ptr, ref_ptr, statistics_ptr, vocab, tiles, b, top, tops, kept,
+            divisor, k, p, least, ORDINARY,
+        )  # fmt: skip
+        kept, ties = sum_kept(
+            list_ptr + vocab, policy_ptr, ref_ptr, statistics_ptr, vocab, tiles, b, divisor,
+            threshold, last, TILES, ORDINARY,
+        )  # fmt: skip
+    draw_row(
+        row, policy_ptr, ref_ptr, statistics_ptr, vocab, tiles, b, heat, tokens_ptr,
+        policy_logprobs_ptr, ref_logprobs_ptr, sampling_logprobs_ptr, log_kept_mass_ptr,
+        seed_rows_ptr, position_rows_ptr, seed_low, seed_high, position, threshold, kept, ties,
+        TILES, ORDINARY,
+    )  # fmt: skip
