@@ -72,6 +72,7 @@ bench: peers  ## the standing run: ops, whole steps, scaling; written to docs/be
 	$(BIN)/python -m bench --save
 	$(BIN)/python -m bench step --wrong-too --save
 	$(BIN)/python -m bench step --efficiency --save
+	$(BIN)/python -m bench sampling --save
 	$(BIN)/python -m bench scaling --save
 	env -u TRITON_INTERPRET $(BIN)/python -m bench aot --save
 	$(BIN)/python -m bench report

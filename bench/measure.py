@@ -25,6 +25,7 @@ CAP_BYTES = 2 * 10**9
 MOST_COPIES = 4096
 # short calls are repeated inside a sample until it lasts so long
 SAMPLE_SECONDS = 1e-3
+SAMPLE_SECONDS_IF_REPEATED = 1e-2
 LEAST_ROUNDS, LEAST_ROUNDS_IF_SLOW, MOST_ROUNDS = 5, 3, 100
 # what disturbs a call so long is averaged within it
 LONG_SECONDS, ROUNDS_IF_LONG = 1.0, 2
@@ -45,6 +46,8 @@ class Variant:
     at_once: int = 1000
     # so many calls, one after the other, are recorded in a CUDA graph; 0: none
     graph: int = 0
+    # timed right after a call that is not, as a loop around the call would
+    repeated: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ def _interleave(
         start = time.perf_counter()
         once, cpu = _sample(variant, device, 1)
         samples[name] = [(once, cpu)]
-        counts[name] = max(1, min(math.ceil(SAMPLE_SECONDS / once), variant.at_once))
+        least = SAMPLE_SECONDS_IF_REPEATED if variant.repeated else SAMPLE_SECONDS
+        counts[name] = max(1, min(math.ceil(least / once), variant.at_once))
         if counts[name] > 1:
             start = time.perf_counter()
             samples[name] = [_sample(variant, device, counts[name])]
@@ -147,6 +151,8 @@ def _sample(variant: Variant, device: str, count: int) -> tuple[float, float]:
     items = [variant.prepare() for _ in range(count)]
     if variant.cold:
         _flush(device)
+    if variant.repeated:
+        variant.call(items[0])
     if _is_cuda(device):
         torch.cuda.synchronize()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -215,14 +221,18 @@ def first_line(error: BaseException) -> str:
 
 
 class Rotation:
-    """Copies of one call's inputs, so many that a cache has lost one when its turn comes again."""
+    """Copies of one call's inputs, so many that a cache has lost one when its turn comes again.
 
-    def __init__(self, inputs: tuple[tuple, dict], device: str, most: int = MOST_COPIES):
+    ``alone``: one copy, which each call finds as the one before has left it.
+    """
+
+    def __init__(self, inputs: tuple[tuple, dict], device: str, alone: bool = False):
         self._inputs = inputs
         self.set_bytes = max(1, sum(x.untyped_storage().nbytes() for x in _tensors(*inputs)))
         cache = cache_bytes(device)
-        wanted = min(1 + math.ceil(cache / self.set_bytes), CAP_BYTES // self.set_bytes, most)
-        self.sets = [_copied(*inputs) for _ in range(max(2, wanted))]
+        most = min(CAP_BYTES // self.set_bytes, MOST_COPIES)
+        wanted = max(2, min(1 + math.ceil(cache / self.set_bytes), most))
+        self.sets = [_copied(*inputs) for _ in range(1 if alone else wanted)]
         # whether they all fit into the cache nevertheless
         self.cached = len(self.sets) * self.set_bytes <= cache
         self._turn: Iterator = itertools.cycle(self.sets)

@@ -1,5 +1,6 @@
 """Problems of our ops with their contenders, and the rows that measuring them gives."""
 
+import dataclasses
 import functools
 import sys
 import warnings
@@ -10,7 +11,7 @@ from torch import Tensor
 
 import nlhf_kernels as nk
 from bench import cli, gates, profile
-from bench.measure import MOST_COPIES, Rotation, Timing, Variant, first_line, interleave
+from bench.measure import Rotation, Timing, Variant, first_line, interleave
 from bench.problem import Contender, Problem
 from bench.text import number, percent
 from nlhf_kernels.testing import Case, traffic
@@ -133,15 +134,16 @@ def measure(
     device: str,
     seconds: float,
     limits: dict[str, tuple[float, str]],
-    most: int = MOST_COPIES,
+    repeated: bool = False,
 ) -> Iterator[dict]:
     """A row for each mode and contender, in the order of the problem.
 
-    Inputs are so many copies that no cache holds them, but no more than ``most``.
+    Inputs are so many copies that no cache holds them. ``repeated``: they are the same for every
+    call of a sample, as in a loop around the call.
     """
     # nobody needs inputs that cannot be had
     able = any(status == "ok" for status, _ in verdicts.values())
-    rotation = Rotation(problem.inputs(), device, most) if able else None
+    rotation = Rotation(problem.inputs(), device, alone=repeated) if able else None
     for mode in (x for x in modes if x in problem.modes):
         # what our own write in the backward changes nothing in the forward
         field = [c for c in problem.contenders if mode != "fwd" or c.peer or not c.inplace]
@@ -150,6 +152,7 @@ def measure(
             found[contender.name] = verdicts[contender.name]
             if found[contender.name][0] == "ok":
                 variant = _variant(problem, contender, mode, rotation, device)
+                variant = dataclasses.replace(variant, repeated=repeated)
                 # a gate at one mode says nothing of the memory that another takes
                 found[contender.name] = _tried(contender, lambda v=variant: v.call(v.prepare()))
                 variants[contender.name] = variant

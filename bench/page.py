@@ -40,9 +40,11 @@ that of `torch.multinomial`, so the honest yardstick stands beside it: two `torc
 the same inputs, which draw nothing. Behind a figure that has a target stands whether it is met.
 `N(0, 16)` are normal logits of that variance; the real ones are those of the quickstart's model
 after the first words of reviews. Of `N(0, 1)` top-p 0.9 keeps 60 % of the vocabulary: such flat
-rows may take a slower path, and stand apart. Inputs come from memory, beyond every cache, but where
-it says that they were just used: a rollout's have just been written. Memory is what becomes
-resident during one call in a process that has made none before, stacks and outputs included.
+rows may take a slower path, and stand apart. Inputs come from memory, beyond every cache, and the
+others run in between, so that threads have gone to sleep; "the same inputs again and again" are
+what a loop around one call measures, for all of them alike: what a cache holds of them it gives,
+as where a model has just written them. Memory is what becomes resident during one call in a process
+that has made none before, stacks and outputs included.
 """
 
 HEADS = """\

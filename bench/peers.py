@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import nlhf_kernels as nk
 from bench import gates
 from bench.problem import Contender
 from nlhf_kernels.testing import Case
@@ -33,7 +34,7 @@ NEEDS_GPU = "needs a CUDA GPU"
 # the options of a case that every peer can express; all others belong to tests
 _EXPRESSED = {
     "mixture_sample": {"ref_dtype", "coef", "temperature", "scale", "filters", "seed", "position"},
-    "linear_mixture_sample": set(),
+    "linear_mixture_sample": {"heads", "coef", "temperature", "seed", "position"},
     "token_logprobs": {"temperature", "softcap", "scale", "inplace_backward"},
     "pairwise_pg_loss": {"temperature", "softcap", "masked", "tau", "baseline", "inplace_backward"},
 }
@@ -43,8 +44,7 @@ def contenders(case: Case, device: str) -> tuple[Contender, ...]:
     """The peers of a case on "cpu" or "cuda"; ``missing`` says why one cannot run."""
     found = {
         "mixture_sample": _samplers,
-        # nobody fuses two models
-        "linear_mixture_sample": lambda *_: [],
+        "linear_mixture_sample": _linear_samplers,
         "token_logprobs": _logprobs,
         "pairwise_pg_loss": _pg_losses,
     }[case.op](case, device)
@@ -206,6 +206,30 @@ def _gumbel_triton(args: tuple, kwargs: dict) -> tuple:
 @torch.no_grad()
 def two_logsumexp(args: tuple, kwargs: dict) -> tuple:
     return tuple(x.float().logsumexp(-1) for x in args)
+
+
+# ---- samplers from hidden states: nobody fuses two models, so what others do is a product first
+
+
+def _linear_samplers(case: Case, device: str) -> list[Contender]:
+    ours = (
+        "matmul, then mixture_sample",
+        lambda args, kwargs: nk.mixture_sample(*args, **kwargs)[:4],
+    )
+    found = []
+    for name, sampler in (("matmul, then Hugging Face path", hugging_face(_hugging_face)), ours):
+        solve = after_matmul(sampler)
+        gate = functools.partial(gates.sample, solve, case, device)
+        found.append(Contender(name, True, solve, gate, ""))
+    return found
+
+
+def after_matmul(sampler: Callable) -> Callable:
+    @torch.no_grad()
+    def solve(args: tuple, kwargs: dict) -> tuple:
+        return sampler(gates.model_logits(args), kwargs)
+
+    return solve
 
 
 # ---- log-probabilities: (args, kwargs) -> (log-probabilities, entropies or None)

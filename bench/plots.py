@@ -102,7 +102,7 @@ def _sampling(rows: list[Row]) -> list[dict]:
     panels = []
     for device in _all_devices(rows):
         for filters, kind in dict.fromkeys((r["filters"], r["logits"]) for r in rows):
-            these = [r for r in ok(rows) if r["device"] == device and not r["warm"]]
+            these = [r for r in ok(rows) if r["device"] == device and not r["repeated"]]
             these = [r for r in these if (r["filters"], r["logits"]) == (filters, kind)]
             panel = _panel(these, f"mixture_sample, {filters}, {kind}", device)
             if len(panel["shapes"]) > 2:

@@ -16,8 +16,8 @@ _FIGURES = ("ms", "gbps", "share", "limit", "peak_mb")
 # what this report reads of a row; a row without a figure need not have those of the second list
 _FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "op": (("op", "shape", "dims", "dtype", "mode", "variant", "peer", "status", "note"), _FIGURES),
-    "sampling": (("op", "shape", "dims", "dtype", "filters", "logits", "warm", "variant", "peer",
-                  "status", "note"), (*_FIGURES, "of_copy")),
+    "sampling": (("op", "shape", "dims", "dtype", "filters", "logits", "repeated", "variant",
+                  "peer", "status", "note"), (*_FIGURES, "of_copy")),
     "sampling memory": (("op", "shape", "dims", "dtype", "filters", "logits", "variant", "peer",
                          "status", "note"), ("mb",)),
     "limit": (("name", "value", "unit"), ()),
@@ -32,7 +32,7 @@ _STAMP = ("run", "commit", "dirty", "device", "threads", "versions")
 # rows that agree in these say the same thing, and the latest counts
 _KEYS = {
     "op": ("device", "op", "shape", "dtype", "mode", "variant"),
-    "sampling": ("device", "shape", "dtype", "filters", "logits", "warm", "variant"),
+    "sampling": ("device", "shape", "dtype", "filters", "logits", "repeated", "variant"),
     "sampling memory": ("device", "shape", "dtype", "filters", "logits", "variant"),
     "limit": ("device", "name"),
     "step": ("device", "setting", "variant"),

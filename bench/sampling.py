@@ -11,8 +11,8 @@ them N(0, 1), of which top-p 0.9 keeps 60 % of the vocabulary.
 
   plain    four vocabularies, three batch sizes, no filter
   top-p    the same with top-p 0.9, on every kind of row
-  warm     the first two (peaked rows) on inputs that were just used, as a model has just written
-           them: what a cache holds of them, it may give
+  repeated the first two, in a loop over the same inputs: what a cache holds of them, it gives,
+           and threads are awake, as where a model has just written them
   filters  top-k, min-p and all three at one shape
   dtypes   the other dtype at one shape
   memory   what a call takes beyond its inputs, in a fresh process each (CPU)
@@ -53,10 +53,9 @@ DTYPES = {
 RIVALS = {"cpu": ("Hugging Face path", "yardstick: two logsumexp (no draw)")}
 SECONDS = {"cpu": 0.6, "cuda": 0.2}
 QUICK_SECONDS = 0.2
-FEWEST_COPIES = 2
 MEMORY = "memory"
-WARM = "warm"
-NAMES = ("plain", "top-p", WARM, "filters", "dtypes", MEMORY)
+REPEATED = "repeated"
+NAMES = ("plain", "top-p", REPEATED, "filters", "dtypes", MEMORY)
 MEMORY_MODEL, MEMORY_BATCHES, MEMORY_THREADS = "gemma2-9b", (1, 16), 2
 TOP_P = "top-p 0.9"
 
@@ -82,11 +81,12 @@ def cases(device: str, quick: bool) -> dict[str, list[SampleCase]]:
             *(logits.case(*shape, dtype, TOP_P, REAL) for shape in reals),
             *(logits.case(*shape, dtype, TOP_P, FLAT) for shape in shapes),
         ],
-        WARM: [
+        REPEATED: [
             logits.case(*shape, dtype, filters)
             for filters in ("no filter", TOP_P)
             for shape in shapes
-        ],
+        ]
+        + [logits.case(*shape, dtype, TOP_P, REAL) for shape in reals],
         "filters": [
             logits.case(*one, dtype, filters) for filters in ("top-k 50", "min-p 0.05", "all three")
         ],
@@ -131,8 +131,8 @@ def timed(
     """A row for each contender: what the op's own rows say, and ``names`` of its rows."""
     copy = limits["copy"][0]
     verdicts = ops.judge(problem)
-    most = FEWEST_COPIES if names["warm"] else measure.MOST_COPIES
-    for row in ops.measure(problem, verdicts, ("fwd",), device, seconds, limits, most):
+    again = names["repeated"]
+    for row in ops.measure(problem, verdicts, ("fwd",), device, seconds, limits, again):
         share = None if row["gbps"] is None else float(f"{row['gbps'] / copy:.5g}")
         yield row | {"kind": "sampling", "of_copy": share} | names
 
@@ -182,7 +182,9 @@ def measured(arguments: argparse.Namespace) -> Iterator[dict]:
     seconds = QUICK_SECONDS if quick else SECONDS[device]
     for name, some in cases(device, quick).items():
         for case in some if name in names else ():
-            kinds = {"filters": filters_of(case), "logits": case.logits, "warm": name == WARM}
+            kinds = {
+                "filters": filters_of(case), "logits": case.logits, "repeated": name == REPEATED,
+            }  # fmt: skip
             with _aside():
                 rows = list(timed(problem(case, device, quick), kinds, device, seconds, limits))
                 settle()
@@ -207,8 +209,8 @@ def main(argv: Sequence[str]) -> int:
         out.add(row)
         if row["kind"] != "limit":
             time = f"{row['ms'][1]:.4g} ms" if row.get("ms") else row["note"]
-            warm = ", warm" if row.get("warm") else ""
-            where = f"{row['shape']}, {row['dtype']}, {row['filters']}, {row['logits']}{warm}"
+            again = ", repeated" if row.get("repeated") else ""
+            where = f"{row['shape']}, {row['dtype']}, {row['filters']}, {row['logits']}{again}"
             cli.say(f"{where}: {row['variant']}: {time or 'measured'}")
     if not arguments.json:
         print(sampling_tables.text(out.found))

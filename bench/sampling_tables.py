@@ -74,17 +74,20 @@ def tables(rows: list[Row]) -> list[Table]:
     groups = _groups(timed)
     main = [g for g in groups if g[0]["filters"] in TARGETS and g[0]["dtype"] == usual]
     others = [g for g in groups if g not in main]
-    warm = [g for g in main if g[0]["warm"]]
-    main = [g for g in main if g not in warm]
+    again = [g for g in main if g[0]["repeated"]]
+    main = [g for g in main if g not in again]
     plain_rows = [g for g in main if g[0]["filters"] == "no filter"]
     flat = [g for g in main if g[0]["filters"] != "no filter" and g[0]["logits"] == FLAT]
     worst = _worst([g for g in main if g not in plain_rows and g not in flat])
-    warm = {x: [g for g in warm if g[0]["filters"] == x] for x in TARGETS}
+    again = {x: [g for g in again if g[0]["filters"] == x] for x in TARGETS}
     found = [
         Table("No filter", header, lines(plain_rows)),
         Table("Top-p 0.9, of two kinds of rows the slower one", header, lines(worst)),
         Table(f"Top-p 0.9, flat rows: {FLAT}", header, lines(flat)),
-        *(Table(f"Inputs just used, {x}", header, lines(some)) for x, some in warm.items()),
+        *(
+            Table(f"The same inputs again and again, {x}", header, lines(_worst(some)))
+            for x, some in again.items()
+        ),
         Table("Other filters and dtypes", header, lines(others)),
         Table("Memory beyond the inputs", MEMORY_HEADER, _memory(rows)),
     ]
@@ -131,7 +134,7 @@ def _groups(rows: list[Row]) -> list[list[Row]]:
     """The contenders of each problem together, by vocabulary and rows."""
     found: dict[tuple, list[Row]] = {}
     for row in rows:
-        key = (*_shape(row), row["filters"], row["logits"], row["dtype"], row["warm"])
+        key = (*_shape(row), row["filters"], row["logits"], row["dtype"], row["repeated"])
         found.setdefault(key, []).append(row)
     return [found[key] for key in sorted(found)]
 

@@ -40,7 +40,7 @@ def op_row(
 
 def sampling_row(variant, ms, /, *, V=151_936, B=16, **other):
     row = op_row(variant, ms, V=V, B=B)
-    kind = {"kind": "sampling", "filters": "no filter", "logits": "N(0, 16)", "warm": False}
+    kind = {"kind": "sampling", "filters": "no filter", "logits": "N(0, 16)", "repeated": False}
     return {**row, **kind, "of_copy": 0.5, **other}
 
 

@@ -38,7 +38,7 @@ def run_json(capsys, *flags, status=0) -> list[dict]:
 
 
 def test_every_part_has_rows_behind_gates(tiny, capsys):
-    rows = run_json(capsys, "--quick", "--only", "plain,top-p,warm,filters,dtypes")
+    rows = run_json(capsys, "--quick", "--only", "plain,top-p,repeated,filters,dtypes")
     assert {row["kind"] for row in rows} == {"limit", "sampling"}
     found = [row for row in rows if row["kind"] == "sampling"]
     assert {row["status"] for row in found} == {"ok"}, [r["note"] for r in found if r["note"]]
@@ -47,8 +47,8 @@ def test_every_part_has_rows_behind_gates(tiny, capsys):
     assert {row["dtype"] for row in found} == {"float32", "bfloat16"}
     automatic = nk.resolve("mixture_sample", "cpu")
     of_one = [r for r in found if (r["shape"], r["filters"]) == ("llama2-7b, B=1", "no filter")]
-    for warm in (False, True):
-        assert [r["variant"] for r in of_one if r["warm"] == warm] == [automatic, HF, LSE]
+    for again in (False, True):
+        assert [r["variant"] for r in of_one if r["repeated"] == again] == [automatic, HF, LSE]
     for row in found:
         assert row["of_copy"] == pytest.approx(row["gbps"] / 8.0, rel=1e-3)
         assert row["dims"]["V"] == VOCABULARY[row["shape"].split(",")[0]]
@@ -190,9 +190,9 @@ def test_the_slower_kind_of_rows_counts():
 
 def test_inputs_just_used_stand_apart():
     both = (("cpp", 1.0), (HF, 9.0))
-    rows = [sampling_row(*who, warm=warm) for warm in (False, True) for who in both]
+    rows = [sampling_row(*who, repeated=again) for again in (False, True) for who in both]
     shown = {table.title: table.cells() for table in sampling_tables.tables(rows)}
-    assert list(shown) == ["No filter", "Inputs just used, no filter"]
+    assert list(shown) == ["No filter", "The same inputs again and again, no filter"]
     assert len(shown["No filter"]) == 1
 
 

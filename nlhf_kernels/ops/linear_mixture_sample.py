@@ -13,7 +13,7 @@ OP = "linear_mixture_sample"
 # by type of device: where a product with the head has more rows (two for each draw if the models
 # share it), a library's and mixture_sample are faster. Measured on a CPU; on a GPU estimated from
 # its ratio of arithmetic to memory
-FUSED_ROWS = {"cpu": 20, "cuda": 128}
+FUSED_ROWS = {"cpu": 16, "cuda": 128}
 # ids whose weights are converted at a time where the product needs another dtype
 _PIECE = 256
 # a fused kernel knows no filters
