@@ -308,8 +308,7 @@ _LINEAR_TESTS = (
 def _decode_linear(model, B, dtype=BF16, heads="shared", **options) -> Case:
     why = f"{model}, B={B}, " + ("one head" if heads == "shared" else "two heads")
     shape = (B, _WIDTH[model], VOCABULARY[model])
-    return _linear(why + ("" if dtype == BF16 else ", float32"), shape, dtype, heads=heads,
-                   **options)  # fmt: skip
+    return _linear(why, shape, dtype, heads=heads, **options)
 
 
 _LINEAR_BENCH = {
