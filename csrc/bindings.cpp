@@ -1,10 +1,12 @@
 // Python bindings: tensors arrive as addresses (0 = None), logits with their shape and strides.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
 #include <tuple>
 
 #include "common/philox.h"
+#include "cpu/mixture_tile.h"
 #include "cpu/ops.h"
 #include "cpu/skinny_linear.h"
 
@@ -165,6 +167,8 @@ PYBIND11_MODULE(_native, m) {
       },
       py::call_guard<py::gil_scoped_release>());
 
+  m.def("tile_levels", &tile_levels);
+  m.def("use_tile_level", &use_tile_level);
   m.def("fold_in", &fold_in);
   m.def("philox4x32",
         [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {

@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 
+import nlhf_kernels as nk
 from nlhf_kernels import eager
+from nlhf_kernels.testing import OPS, Case
+from nlhf_kernels.testing.check import check
 from tests.conftest import why_not
 
 if why := why_not("cpp"):
@@ -67,6 +70,35 @@ def test_16_bit_stores_round_to_nearest_even(dtype):
     grad = torch.empty_like(logits)
     native.token_logprobs_bwd(grad, logits, ones, zeros, zeros, x, zeros, 1.0, 0.0)
     torch.testing.assert_close(grad[:, 1], x.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("level", ["avx512", "avx2", "plain"])
+def test_every_level_of_the_instruction_set_samples_right(level):
+    """The machines of others: the harness runs on the best level alone."""
+    levels = _native.tile_levels()
+    if level not in levels:
+        pytest.skip(f"this machine's instruction set has no {level}")
+    _native.use_tile_level(level)
+    try:
+        for op in ("mixture_sample", "linear_mixture_sample"):
+            for case in OPS[op].tests:
+                check(case, "cpp")
+        # enough for a sample to say where the prefix ends, and too many of one value
+        asked = (1, {"top_p": 0.9}), (4, {"top_p": 0.9, "top_k": 2000}), (0, {"top_k": 40_000})
+        for scale, filters in asked:
+            options = {"filters": filters, "scale": scale}
+            check(Case("mixture_sample", "many", (2, 50_000), torch.float32, options), "cpp")
+        # zeros of both signs are one value
+        zeros = torch.tensor([[-0.0, -0.0, -1.0]])
+        draw = nk.mixture_sample(zeros, top_p=0.5, seed=0, position=0, backend="cpp")
+        assert draw.tokens.item() == 0
+    finally:
+        _native.use_tile_level(levels[0])
+
+
+def test_a_level_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match='use_tile_level: this machine has no level "mmx"'):
+        _native.use_tile_level("mmx")
 
 
 def test_results_do_not_depend_on_the_number_of_threads():

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 #include <limits>
+#include <string>
+#include <vector>
 
 #include "cpu/tile.h"
 
@@ -89,8 +91,15 @@ struct TileKernels {
   int64_t (*narrow)(const S* x, const S* weight, int64_t n, S low, S high, S* x_out, S* weight_out);
 };
 
-// For this machine.
+// For this machine, and this process.
 template <class S>
 const TileKernels<S>& tile_kernels();
+
+// The levels of float that this machine has, the one that is used first; and another choice, for
+// tests.
+std::vector<std::string> tile_levels();
+void use_tile_level(const std::string& name);
+// Whether the level in use is AVX-512's.
+bool uses_avx512();
 
 }  // namespace nlhf

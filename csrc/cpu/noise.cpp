@@ -4,7 +4,7 @@
 
 #include "common/philox.h"
 #include "common/simd.h"
-#include "cpu/tile.h"
+#include "cpu/mixture_tile.h"
 
 namespace nlhf {
 namespace {
@@ -77,8 +77,7 @@ __attribute__((target("arch=x86-64-v4"))) void philox_avx512(Words counter, int 
 // n is at most kBatch
 void philox(Words counter, int varying, int64_t n, int64_t seed, uint64_t* low, uint64_t* high) {
 #if defined(NLHF_X86_REGIONS)
-  static const bool wide = __builtin_cpu_supports("x86-64-v4");
-  if (wide) return philox_avx512(counter, varying, n, seed, low, high);
+  if (uses_avx512()) return philox_avx512(counter, varying, n, seed, low, high);
 #endif
   philox_plain(counter, varying, n, seed, low, high);
 }
