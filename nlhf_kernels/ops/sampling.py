@@ -114,11 +114,10 @@ def features(values: dict) -> tuple[str, ...]:
 def direct(x: Tensor) -> bool:
     """Whether a raw op's body may be called without the dispatcher, which takes longer than it.
 
-    On the CPU, unless somebody traces, intercepts or profiles the calls of operators.
+    Not if somebody traces, intercepts or profiles the calls of operators.
     """
     return (
         type(x) is Tensor
-        and x.is_cpu
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and not torch.autograd._profiler_enabled()
@@ -133,7 +132,7 @@ def draw(
         return eager.mixture_sample(policy_logits, ref_logits, **values)
     dtype = eager.statistics_dtype(policy_logits, ref_logits)
     parameters = arguments(values, PARAMETERS, policy_logits.shape[0], dtype)
-    if backend != "eager" and direct(policy_logits):
+    if backend == "cpp" and direct(policy_logits):
         forward = registry.load("mixture_sample_fwd", backend)
         return MixtureSample(*forward(policy_logits, ref_logits, *parameters))
     logits = (policy_logits.detach(), None if ref_logits is None else ref_logits.detach())
