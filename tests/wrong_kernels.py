@@ -72,6 +72,18 @@ BUGS = {
         "reference's row stride taken from the policy",
         "last row unwritten",
         "float32 for float64",
+        "filters ignored",
+        "filters of the first row for all",
+        "one more than k",
+        "all of a tie kept",
+        "of a tie the highest ids",
+        "top-p before top-k",
+        "top-p without the token that reaches it",
+        "top-p from the policy",
+        "min-p of the whole mass",
+        "tiles drawn by their whole mass",
+        "kept mass forgotten",
+        "sampling log-probability of the whole",
     ),
     "linear_mixture_sample": (
         "bias ignored",
@@ -301,7 +313,19 @@ class Kernels:
             return (x - x.amax(1, keepdim=True)) / by
 
         scores = tempered(mixture)
-        drawn = self.draw(scores, seeds, places)
+        filters = [
+            row(top_k, top_k_rows, torch.int64),
+            row(top_p, top_p_rows),
+            row(min_p, min_p_rows),
+        ]
+        if self.bug == "filters of the first row for all":
+            filters = [x[:1].expand(B) for x in filters]
+        masses = tempered(policy) if self.bug == "top-p from the policy" else scores
+        kept = scores
+        if self.bug != "filters ignored":
+            keep = self.keep(scores, masses, *(x[:, None] for x in filters))
+            kept = scores.masked_fill(~keep, -math.inf)
+        drawn = self.draw(kept, seeds, places, scores)
         best = mixture.argmax(1)
         if self.bug == "highest id on a tie":
             best = V - 1 - mixture.flip(1).argmax(1)
@@ -312,30 +336,60 @@ class Kernels:
 
         by = torch.ones_like(divisor) if self.bug.startswith("log-probability before") else divisor
         first = mixture if self.bug.startswith("log-probability of the mixture") else policy
+        told = scores if self.bug == "sampling log-probability of the whole" else kept
+        mass = (kept.logsumexp(1) - scores.logsumexp(1)).clamp(max=0)
+        if self.bug == "kept mass forgotten":
+            mass = torch.zeros_like(mass)
         outputs = [
             tokens.masked_fill(bad, -1),
             at_token(tempered(first, by)),
             policy.new_empty(0) if len(models) == 1 else at_token(tempered(models[1], by)),
-            torch.where(greedy[:, 0] & ~bad, 0, at_token(scores)),
-            torch.zeros(B, dtype=S).masked_fill(bad, math.nan),
+            torch.where(greedy[:, 0] & ~bad, 0, at_token(told)),
+            torch.where(greedy[:, 0], 0, mass).masked_fill(bad, math.nan),
         ]
         if self.bug == "last row unwritten":
             for x in outputs[1:]:
                 x[-1:] = torch.empty_like(x[-1:])
         return tuple(x if x.dtype == torch.int64 else x.to(S) for x in outputs)
 
+    def keep(self, scores, masses, k, p, least):
+        """Which tokens the filters leave, by their rank."""
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        if self.bug == "of a tie the highest ids":
+            order = (
+                scores.shape[1] - 1 - scores.flip(1).argsort(dim=1, descending=True, stable=True)
+            )
+        rank = order.argsort(1)
+        ranked = scores.gather(1, order)
+        k = torch.where(k == 0, scores.shape[1], k + (self.bug == "one more than k"))
+        counted = rank < k
+        if self.bug == "all of a tie kept":
+            at = (k - 1).clamp(0, max(0, scores.shape[1] - 1))
+            counted = scores >= ranked.gather(1, at)
+        of = masses if self.bug == "top-p before top-k" else masses.masked_fill(~counted, -math.inf)
+        weight = of.double().softmax(1).gather(1, order)
+        reached = weight.cumsum(1)
+        if self.bug != "top-p without the token that reaches it":
+            reached = reached - weight
+        massed = ((reached < p) | (p >= 1)).gather(1, rank) | (rank == 0)
+        top = scores.logsumexp(1, keepdim=True) if self.bug == "min-p of the whole mass" else 0
+        return counted & massed & (scores - top >= least.log())
+
     def read(self, logits, S):
         if self.bug == "half precision inside":
             logits = logits.bfloat16()
         return logits.float() if self.bug == "float32 for float64" else logits.to(S)
 
-    def draw(self, scores, seeds, places):
+    def draw(self, scores, seeds, places, whole):
         size = 512 if self.bug == "tile of 512" else TILE
         B, V = scores.shape
         count = -(-V // size)
         tiles = torch.nn.functional.pad(scores, (0, count * size - V), value=-math.inf)
         tiles = tiles.view(B, count, size)
         levels = tiles.logsumexp(-1)
+        if self.bug == "tiles drawn by their whole mass":
+            whole = torch.nn.functional.pad(whole, (0, count * size - V), value=-math.inf)
+            levels = whole.view(B, count, size).logsumexp(-1)
         if self.bug == "last tile left out" and count > 1:
             levels[:, -1] = -math.inf
         low, high = (seeds & 0xFFFFFFFF)[:, None], ((seeds >> 32) & 0xFFFFFFFF)[:, None]
