@@ -92,6 +92,22 @@ def pytest_generate_tests(metafunc) -> None:
         metafunc.parametrize("case", cases, ids=str)
 
 
+def far_apart(near: torch.Tensor, folder: Path) -> torch.Tensor:
+    """Two bfloat16 rows, and 4 GiB between them."""
+    V = near.shape[1]
+    stride = 2**31 + 64
+    size = stride + V
+    if near.is_cpu:
+        # a sparse file: nothing but the pages that are touched takes any room
+        path = folder / "logits"
+        with open(path, "wb") as file:
+            file.truncate(2 * size)
+        memory = torch.from_file(str(path), shared=True, size=size, dtype=torch.bfloat16)
+    else:
+        memory = torch.empty(size, dtype=torch.bfloat16, device=near.device)
+    return memory.as_strided((2, V), (stride, 1)).copy_(near)
+
+
 @pytest.fixture
 def real_pairs() -> Path:
     """A file of real preference pairs: third-party texts, so no part of the project."""

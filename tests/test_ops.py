@@ -21,7 +21,7 @@ from nlhf_kernels.testing import OPS, TOLERANCE, check
 from nlhf_kernels.testing.case import copied
 from nlhf_kernels.testing.cases import SAMPLERS
 from nlhf_kernels.testing.check import compare, grad_outputs
-from tests.conftest import targets
+from tests.conftest import far_apart, targets
 
 DIFFERENTIABLE = ("token_logprobs", "pairwise_pg_loss")
 
@@ -228,18 +228,9 @@ def test_two_runs_are_equal_whatever_the_threads(op, target):
 
 def test_offsets_beyond_32_bits(op, target, tmp_path):
     """Rows 4 GiB apart: an offset in int32 reads, or writes, somewhere else."""
-    V, stride = 40, 2**31 + 64
-    size = stride + V
-    if target.device == "cpu":
-        # a sparse file: nothing but the pages that are touched takes any room
-        path = tmp_path / "logits"
-        with open(path, "wb") as file:
-            file.truncate(2 * size)
-        memory = torch.from_file(str(path), shared=True, size=size, dtype=torch.bfloat16)
-    else:
-        memory = torch.empty(size, dtype=torch.bfloat16, device=target.device)
+    V = 40
     near = torch.randn(2, V, device=target.device).bfloat16()
-    far = memory.as_strided((2, V), (stride, 1)).copy_(near)
+    far = far_apart(near, tmp_path)
     tokens = torch.tensor([0, V - 1], device=target.device)
     sample = {"mixture_coef": 0.5, "seed": 1, "position": 0}
     mask = torch.ones(2, 1, dtype=torch.bool, device=target.device)
