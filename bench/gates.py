@@ -14,7 +14,8 @@ from torch import Tensor
 
 import nlhf_kernels as nk
 from nlhf_kernels.testing import Case
-from nlhf_kernels.testing.check import Answers, Draw, grad_outputs, widened
+from nlhf_kernels.testing.compare import Answers, grad_outputs, widened
+from nlhf_kernels.testing.draw import Draw
 
 # by dtype of the logits: absolute for log-probabilities, of the norm for gradients
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
@@ -165,7 +166,8 @@ class Mixture:
     """The distributions of a case in float64, as log-probabilities (B, V)."""
 
     def __init__(self, args: tuple, kwargs: dict):
-        args, kwargs = widened(args, kwargs)
+        args = tuple(widened(dict(enumerate(args))).values())
+        kwargs = widened(kwargs)
         policy, ref = model_logits(args)
         coef, temperature = kwargs["mixture_coef"], kwargs["temperature"]
         self.policy, self.ref = (x.div(temperature).log_softmax(-1) for x in (policy, ref))

@@ -16,7 +16,8 @@ from bench import gates
 from bench.peers import NEEDS_GPU, absent, compiled, gpu_only, load
 from bench.problem import Contender, Problem
 from nlhf_kernels.testing.cases import BF16, F32
-from nlhf_kernels.testing.check import backends, grad_outputs
+from nlhf_kernels.testing.check import backends
+from nlhf_kernels.testing.compare import grad_outputs
 
 OP = "linear_token_logprobs"
 # what TRL's trainer takes

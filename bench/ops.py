@@ -16,7 +16,8 @@ from bench.problem import Contender, Problem
 from bench.text import number, percent
 from nlhf_kernels.testing import Case, traffic
 from nlhf_kernels.testing.cases import SAMPLERS
-from nlhf_kernels.testing.check import Answers, check_by, unavailable
+from nlhf_kernels.testing.check import check_by, unavailable
+from nlhf_kernels.testing.compare import Answers
 
 MODES = ("fwd", "bwd", "fwd+bwd")
 DIMS = {"mixture_sample": "BV", "linear_mixture_sample": "BDV"}

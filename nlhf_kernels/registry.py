@@ -15,7 +15,16 @@ import torch
 
 BACKENDS = ("eager", "cpp", "triton", "cuda")
 ORDER = {"cpu": ("cpp", "eager"), "cuda": ("triton", "eager")}
-OPS = ("mixture_sample", "linear_mixture_sample", "token_logprobs", "pairwise_pg_loss")
+OPS = (
+    "mixture_sample",
+    "linear_mixture_sample",
+    "token_logprobs",
+    "linear_token_logprobs",
+    "token_kl",
+    "linear_token_kl",
+    "pairwise_pg_loss",
+    "linear_pairwise_pg_loss",
+)
 # not of logits: a layer of the model, on the CPU only
 LAYERS = ("skinny_linear",)
 
@@ -38,18 +47,29 @@ _PATHS = {
         "cpp": f"{_NATIVE}:token_logprobs_bwd",
         "triton": f"{_TRITON}.token_logprobs:token_logprobs_bwd",
     },
-    "pairwise_pg_loss_fwd": {
-        "cpp": f"{_NATIVE}:pairwise_pg_loss_fwd",
-        "triton": f"{_TRITON}.pairwise_pg_loss:pairwise_pg_loss_fwd",
+    "token_kl_fwd": {
+        "cpp": f"{_NATIVE}:token_kl_fwd",
+        "triton": f"{_TRITON}.token_kl:token_kl_fwd",
     },
-    "pairwise_pg_loss_bwd": {
-        "cpp": f"{_NATIVE}:pairwise_pg_loss_bwd",
-        "triton": f"{_TRITON}.pairwise_pg_loss:pairwise_pg_loss_bwd",
+    "token_kl_bwd": {
+        "cpp": f"{_NATIVE}:token_kl_bwd",
+        "triton": f"{_TRITON}.token_kl:token_kl_bwd",
+    },
+    "pairwise_pg_coef_fwd": {
+        "cpp": f"{_NATIVE}:pairwise_pg_coef_fwd",
+        "triton": f"{_TRITON}.pairwise_pg_loss:pairwise_pg_coef_fwd",
     },
     "skinny_linear_fwd": {"cpp": f"{_NATIVE}:skinny_linear_fwd"},
 }
-# op -> the op whose backends serve it: after a matrix product, where they have no kernel for it
-_THROUGH = {"linear_mixture_sample": "mixture_sample"}
+# op -> whose backends serve it: after a matrix product, where they have no kernel for it; a loss is
+# statistics, coefficients and gradients
+_THROUGH = {
+    "linear_mixture_sample": "mixture_sample",
+    "linear_token_logprobs": "token_logprobs",
+    "linear_token_kl": "token_kl",
+    "pairwise_pg_loss": "pairwise_pg_coef",
+    "linear_pairwise_pg_loss": "pairwise_pg_coef",
+}
 # what a backend has not got, beside whole ops: op -> backend -> feature -> what to do
 _LACKS: dict[str, dict[str, dict[str, str]]] = {}
 _forced = ""

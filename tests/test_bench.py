@@ -16,7 +16,7 @@ from bench.measure import Rotation, Timing, Variant, interleave
 from bench.problem import Contender, Problem
 from nlhf_kernels.testing import OPS
 from nlhf_kernels.testing.cases import F32
-from nlhf_kernels.testing.check import Answers
+from nlhf_kernels.testing.compare import Answers
 from tests.conftest import LIMITS
 from tests.wrong_kernels import BUGS, Kernels
 

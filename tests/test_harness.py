@@ -9,15 +9,15 @@ from torch.testing._internal.optests import OpCheckError
 from nlhf_kernels import eager
 from nlhf_kernels.testing import OPS, Case, check, traffic
 from nlhf_kernels.testing.cases import SAMPLERS
-from nlhf_kernels.testing.check import (
+from nlhf_kernels.testing.check import check_by
+from nlhf_kernels.testing.compare import (
     TOLERANCE,
     Answers,
     Snapshot,
-    check_by,
     compare,
-    oracle,
     poisoned_memory,
 )
+from nlhf_kernels.testing.gradients import oracle
 from tests import wrong_kernels
 from tests.wrong_kernels import Kernels
 

@@ -20,7 +20,7 @@ from nlhf_kernels import eager, registry
 from nlhf_kernels.testing import OPS, TOLERANCE, check
 from nlhf_kernels.testing.case import copied
 from nlhf_kernels.testing.cases import SAMPLERS
-from nlhf_kernels.testing.check import compare, grad_outputs
+from nlhf_kernels.testing.compare import compare, grad_outputs
 from tests.conftest import far_apart, targets
 
 DIFFERENTIABLE = ("token_logprobs", "pairwise_pg_loss")
