@@ -104,6 +104,8 @@ class LossKernels:
         top = s.amax(-1, keepdim=True)
         if self.bug == "no shift by the maximum":
             top = torch.zeros_like(top)
+        # a part of a vocabulary may have nothing finite in a row
+        top = top.masked_fill(top == -torch.inf, 0)
         log_total = (whole - top).exp().sum(-1, keepdim=True).log()
         logs = s - top - log_total
         p, d = logs.exp(), s - top
