@@ -6,9 +6,9 @@
 #include <tuple>
 
 #include "common/philox.h"
-#include "cpu/mixture_tile.h"
 #include "cpu/ops.h"
 #include "cpu/skinny_linear.h"
+#include "cpu/tile_level.h"
 
 namespace py = pybind11;
 using namespace nlhf;
@@ -38,12 +38,14 @@ Matrix view(const MatrixArg& x) {
 }
 
 KlSum kl_sum(const std::string& name) {
+  if (name == "reward_to_go") return KlSum::reward_to_go;
+  if (name == "exact") return KlSum::exact;
   if (name == "sequence") return KlSum::sequence;
   if (name == "token") return KlSum::token;
-  if (name == "reward_to_go") return KlSum::reward_to_go;
   throw std::invalid_argument(
-      "pairwise_pg_loss: kl must be \"reward_to_go\", \"sequence\" or \"token\", got \"" + name +
-      "\"; choose one of these");
+      "pairwise_pg_loss: kl must be \"reward_to_go\", \"exact\", \"sequence\" or \"token\", got "
+      "\"" +
+      name + "\"; choose one of these");
 }
 
 // One submodule per statistics dtype.
@@ -75,49 +77,60 @@ void bind_ops(py::module_ m) {
 
   m.def(
       "token_logprobs",
-      [](const LogitsArg& logits, Address tokens, double temperature, double softcap,
+      [](const LogitsArg& logits, Address tokens, Address mask, double temperature, double softcap,
          Address logprobs, Address entropy, Address lse) {
-        token_logprobs<S>(view(logits), at<int64_t>(tokens),
-                          {static_cast<S>(temperature), static_cast<S>(softcap)}, at<S>(logprobs),
-                          at<S>(entropy), at<S>(lse));
+        token_logprobs<S>(view(logits), at<int64_t>(tokens), at<bool>(mask),
+                          {static_cast<S>(temperature), static_cast<S>(softcap)},
+                          {at<S>(logprobs), at<S>(entropy), at<S>(lse)});
       },
       unlocked());
 
   m.def(
       "token_logprobs_grad",
-      [](const LogitsArg& grad, const LogitsArg& logits, Address tokens, Address lse,
+      [](const LogitsArg& grad, const LogitsArg& logits, Address tokens, Address mask, Address lse,
          Address entropy, Address grad_logprobs, Address grad_entropy, double temperature,
          double softcap) {
-        token_logprobs_grad<S>(view(grad), view(logits), at<int64_t>(tokens), at<S>(lse),
-                               at<S>(entropy), at<S>(grad_logprobs), at<S>(grad_entropy),
-                               {static_cast<S>(temperature), static_cast<S>(softcap)});
+        token_logprobs_grad<S>(
+            view(grad), view(logits), at<int64_t>(tokens), at<bool>(mask),
+            {at<S>(lse), at<S>(entropy), at<S>(grad_logprobs), at<S>(grad_entropy)},
+            {static_cast<S>(temperature), static_cast<S>(softcap)});
       },
       unlocked());
 
   m.def(
-      "pairwise_pg_loss",
-      [](const LogitsArg& logits, Address tokens, Address mask, Address preference,
-         Address ref_logprobs, Address policy_logprobs, Address cu_seqlens, int64_t sequences,
-         double tau, const std::string& kl, double baseline, double temperature, double softcap,
-         Address loss, Address logprobs, Address entropy, Address kl_out, Address lse,
-         Address coef) {
-        pairwise_pg_loss<S>(
-            view(logits),
-            {at<int64_t>(tokens), at<bool>(mask), at<S>(preference), at<S>(ref_logprobs),
-             at<S>(policy_logprobs), at<int64_t>(cu_seqlens), sequences, static_cast<S>(tau),
-             static_cast<S>(baseline), kl_sum(kl)},
-            {static_cast<S>(temperature), static_cast<S>(softcap)},
-            {at<S>(loss), at<S>(logprobs), at<S>(entropy), at<S>(kl_out), at<S>(lse), at<S>(coef)});
+      "token_kl",
+      [](const LogitsArg& policy, const LogitsArg& ref, Address tokens, Address mask,
+         double temperature, double softcap, Address logprobs, Address ref_logprobs,
+         Address entropy, Address kl, Address lse, Address ref_lse) {
+        token_kl<S>(view(policy), view(ref), at<int64_t>(tokens), at<bool>(mask),
+                    {static_cast<S>(temperature), static_cast<S>(softcap)},
+                    {at<S>(logprobs), at<S>(ref_logprobs), at<S>(entropy), at<S>(kl), at<S>(lse),
+                     at<S>(ref_lse)});
       },
       unlocked());
 
   m.def(
-      "pairwise_pg_loss_grad",
-      [](const LogitsArg& grad, const LogitsArg& logits, Address tokens, Address mask, Address lse,
-         Address coef, double grad_loss, double temperature, double softcap) {
-        pairwise_pg_loss_grad<S>(view(grad), view(logits), at<int64_t>(tokens), at<bool>(mask),
-                                 at<S>(lse), at<S>(coef), static_cast<S>(grad_loss),
-                                 {static_cast<S>(temperature), static_cast<S>(softcap)});
+      "token_kl_grad",
+      [](const LogitsArg& grad, const LogitsArg& policy, const LogitsArg& ref, Address tokens,
+         Address mask, Address lse, Address ref_lse, Address entropy, Address kl,
+         Address grad_logprobs, Address grad_entropy, Address grad_kl, double temperature,
+         double softcap) {
+        token_kl_grad<S>(view(grad), view(policy), view(ref), at<int64_t>(tokens), at<bool>(mask),
+                         {at<S>(lse), at<S>(ref_lse), at<S>(entropy), at<S>(kl),
+                          at<S>(grad_logprobs), at<S>(grad_entropy), at<S>(grad_kl)},
+                         {static_cast<S>(temperature), static_cast<S>(softcap)});
+      },
+      unlocked());
+
+  m.def(
+      "pairwise_pg_coef",
+      [](Address logprobs, Address cost, Address mask, Address preference, Address cu_seqlens,
+         Address later, int64_t tokens, int64_t sequences, const std::string& kl, double baseline,
+         Address loss, Address coef, Address sums) {
+        pairwise_pg_coef<S>({at<S>(logprobs), at<S>(cost), at<bool>(mask), at<S>(preference),
+                             at<int64_t>(cu_seqlens), at<S>(later), tokens, sequences, kl_sum(kl),
+                             static_cast<S>(baseline)},
+                            {at<S>(loss), at<S>(coef), at<S>(sums)});
       },
       unlocked());
 }

@@ -5,6 +5,8 @@ struct Lanes {
   using F = __m256;
   using M = __m256;
   static constexpr int kWidth = 8;
+  // whether multiply_add rounds once
+  static constexpr bool kFused = true;
 
   static NLHF_INLINE F all(float x) { return _mm256_set1_ps(x); }
   static NLHF_INLINE F load(const float* x) { return _mm256_loadu_ps(x); }

@@ -5,6 +5,8 @@ struct Lanes {
   using F = __m512;
   using M = __mmask16;
   static constexpr int kWidth = 16;
+  // whether multiply_add rounds once
+  static constexpr bool kFused = true;
 
   static NLHF_INLINE F all(float x) { return _mm512_set1_ps(x); }
   static NLHF_INLINE F load(const float* x) { return _mm512_loadu_ps(x); }

@@ -4,7 +4,8 @@
 
 #include "common/philox.h"
 #include "common/simd.h"
-#include "cpu/mixture_tile.h"
+#include "cpu/tile.h"
+#include "cpu/tile_level.h"
 
 namespace nlhf {
 namespace {
@@ -77,7 +78,7 @@ __attribute__((target("arch=x86-64-v4"))) void philox_avx512(Words counter, int 
 // n is at most kBatch
 void philox(Words counter, int varying, int64_t n, int64_t seed, uint64_t* low, uint64_t* high) {
 #if defined(NLHF_X86_REGIONS)
-  if (uses_avx512()) return philox_avx512(counter, varying, n, seed, low, high);
+  if (tile_level() == TileLevel::avx512) return philox_avx512(counter, varying, n, seed, low, high);
 #endif
   philox_plain(counter, varying, n, seed, low, high);
 }
