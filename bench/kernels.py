@@ -17,6 +17,7 @@ from nlhf_kernels.backends.triton import (
     linear_mixture_sample,
     mixture_sample,
     pairwise_pg_loss,
+    token_rows,
 )
 
 WARP = 32
@@ -27,22 +28,28 @@ HEADS = tuple(
 INTEGERS = (
     "tokens_ptr", "seed_rows_ptr", "position_rows_ptr", "top_k_rows_ptr", "cu_seqlens_ptr"
 )  # fmt: skip
-FLOATS = ("temperature", "softcap", "coef", "tau", "baseline", "top_p", "min_p")
+FLOATS = (
+    "temperature", "softcap", "scale", "offset", "rate", "slope", "coef", "baseline", "top_p",
+    "min_p",
+)  # fmt: skip
 # the values that the launches leave out of the specialisation, or that no hint would fit
 PLAIN = (
     "length", "batch", "tiles", "spans", "seed_low", "seed_high", "position", "seed", "top_k",
-    "first_row",
+    "first_row", "rows",
 )  # fmt: skip
 COUNTERS = ("winner_ptr", "arrived_ptr", "lanes_ptr")
 
-ROW = {"BLOCK": common.BLOCK}
-ROW_OPTIONS = {"num_warps": common.WARPS}
 NO_MASK = {"mask_ptr": None}
 NO_ENTROPY = {"entropy_ptr": None, "grad_entropy_ptr": None}
 NO_ROWS = {"coef_rows_ptr": None, "temperature_rows_ptr": None}
 NO_DRAW_ROWS = {**NO_ROWS, "seed_rows_ptr": None, "position_rows_ptr": None}
 NO_FILTER_ROWS = {"top_k_rows_ptr": None, "top_p_rows_ptr": None, "min_p_rows_ptr": None}
 NO_REF = {"ref_ptr": None}
+# without a soft cap, and without a reference
+READ = {"LANES": token_rows.LANES, "PARTS": token_rows.PARTS, "SOFTCAP": False}
+READ_ONE = {**READ, **NO_REF, "ref_logprobs_ptr": None, "kl_ptr": None, "ref_lse_ptr": None}
+BLOCK = {"BLOCK": token_rows.BLOCK, "SOFTCAP": False}
+BLOCK_ONE = {**BLOCK, **NO_REF, "ref_lse_ptr": None, "kl_ptr": None, "grad_kl_ptr": None}
 TILE = common.TILE.value
 # of a row of 152 thousand ids
 TILES = 256
@@ -59,6 +66,8 @@ class Variant:
     # other bytes of an element
     more: float = 0
     loops: int = 0
+    # of them, the last ones, that few elements or none pass: not counted
+    rare: int = 0
     # where they are not the kernel's
     options: dict | None = None
     block: int | None = None
@@ -121,51 +130,56 @@ def _span_variant(rows: int, itemsize: int, without: dict) -> Variant:
 
 
 KERNELS = {
-    # one loop reads a row and sums it; an element is a logit
+    # one loop reads a row and sums it; an element is a logit, or one of each model. Beside it: the
+    # rest of the row, and its second reading if it outgrows its anchor
     "row_statistics_kernel": Kernel(
-        common.row_statistics_kernel,
-        ROW_OPTIONS,
+        token_rows.row_statistics_kernel,
+        token_rows.ROW_OPTIONS,
         load_bits=128,
-        registers=64,
-        block=common.BLOCK,
+        registers=96,
+        block=token_rows.LANES * token_rows.PARTS,
         variants={
-            "plain": Variant({**ROW, **NO_MASK, "SOFTCAP": False}, values=1, loops=1),
-            "mask+softcap": Variant({**ROW, "SOFTCAP": True}, values=1, loops=1),
+            "plain": Variant({**READ_ONE, **NO_MASK}, values=1, loops=4, rare=3),
+            "mask+softcap": Variant({**READ_ONE, "SOFTCAP": True}, values=1, loops=4, rare=3),
+            "kl": Variant(READ, values=2, loops=5, rare=4),
+            "kl+softcap": Variant({**READ, "SOFTCAP": True}, values=2, loops=5, rare=4),
         },
     ),
     # a program is one block: a logit is read, its gradient written
     "row_gradient_kernel": Kernel(
-        common.row_gradient_kernel,
-        ROW_OPTIONS,
+        token_rows.row_gradient_kernel,
+        token_rows.ROW_OPTIONS,
         load_bits=128,
         registers=112,
-        block=common.BLOCK,
+        block=token_rows.BLOCK,
         variants={
-            "entropy": Variant(
-                {**ROW, **NO_MASK, "grad_scale_ptr": None, "SOFTCAP": False}, values=2
-            ),
-            "mask": Variant({**ROW, **NO_ENTROPY, "SOFTCAP": False}, values=2),
-            "mask+softcap": Variant({**ROW, **NO_ENTROPY, "SOFTCAP": True}, values=2),
+            "entropy": Variant({**BLOCK_ONE, **NO_MASK}, values=2),
+            "mask": Variant({**BLOCK_ONE, **NO_ENTROPY}, values=2),
+            "mask+softcap": Variant({**BLOCK_ONE, **NO_ENTROPY, "SOFTCAP": True}, values=2),
+            "kl": Variant({**BLOCK, **NO_ENTROPY}, values=3),
+            "kl+entropy": Variant(BLOCK, values=3),
+            "kl+softcap": Variant({**BLOCK, **NO_ENTROPY, "SOFTCAP": True}, values=3),
         },
     ),
-    # an element is a token: three log-probabilities and a mask are read, the log-ratio and the
-    # coefficient written; the sum over a whole sequence is a loop before, whose reads stay cached
+    # an element is a token: its log-probability, its cost and a mask are read, its coefficient
+    # written; the sum over a whole sequence is a loop before, whose reads stay cached
     "sequence_coefficient_kernel": Kernel(
         pairwise_pg_loss.sequence_coefficient_kernel,
-        ROW_OPTIONS,
+        {"num_warps": common.WARPS},
         load_bits=0,
         registers=144,
         block=pairwise_pg_loss.STEP,
         variants={
             "padded": Variant(
                 {"SUMS": 0, "STEP": pairwise_pg_loss.STEP, "cu_seqlens_ptr": None},
-                values=5,
+                values=3,
                 more=1,
                 loops=1,
             ),
             "packed": Variant(
-                {"SUMS": 1, "STEP": pairwise_pg_loss.STEP}, values=5, more=1, loops=2
+                {"SUMS": 2, "STEP": pairwise_pg_loss.STEP}, values=3, more=1, loops=2
             ),
+            "exact": Variant({"SUMS": 1, "STEP": pairwise_pg_loss.STEP}, values=3, more=1, loops=1),
         },
         # of numbers per token, which are statistics
         dtypes=("float32", "float64"),
