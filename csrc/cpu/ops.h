@@ -33,6 +33,10 @@ struct PerRow {
   T operator[](int64_t n) const { return rows ? rows[n] : value; }
 };
 
+// A token of another part of the vocabulary: it has no logit here, and its log-probability a
+// gradient.
+constexpr int64_t kElsewhere = -(int64_t{1} << 62);
+
 template <class S>
 struct ScoreSettings {
   S temperature;

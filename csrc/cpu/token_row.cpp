@@ -264,7 +264,7 @@ TokenRow<S> token_row(const ModelRows& rows, int64_t token, ScoreSettings<S> set
 template <class S>
 void token_row_grad(char* out, DType out_dtype, const ModelRows& rows, int64_t token,
                     const TokenRow<S>& saved, TokenRowGrad<S> grad, ScoreSettings<S> settings) {
-  if (token < 0 || token >= rows.vocab) grad.logprob = 0;
+  if ((token < 0 || token >= rows.vocab) && token != kElsewhere) grad.logprob = 0;
   const bool none = grad.logprob == 0 && grad.entropy == 0 && grad.kl == 0;
   // a row with a finite normaliser holds no NaN
   if (none && std::isfinite(saved.lse)) {

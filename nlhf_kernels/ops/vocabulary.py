@@ -14,6 +14,10 @@ from nlhf_kernels.eager.logits import vocabulary_sizes
 from nlhf_kernels.ops import common
 
 
+# a token of another part: kernels find no logit for it, and its log-probability has a gradient
+ELSEWHERE = -(2**62)
+
+
 class Part(NamedTuple):
     group: dist.ProcessGroup
     start: int
@@ -22,8 +26,11 @@ class Part(NamedTuple):
     V: int
 
     def ids(self, tokens: Tensor) -> Tensor:
-        """Tokens as ids of this part; those of others are outside of it."""
-        return tokens - self.start
+        """Tokens as ids of this part; those of no part stay outside of all."""
+        mine = tokens - self.start
+        here = (mine >= 0) & (mine < self.size)
+        known = (tokens >= 0) & (tokens < self.V)
+        return torch.where(here, mine, torch.where(known, ELSEWHERE, -1))
 
 
 def part_of(

@@ -17,6 +17,8 @@ LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 # a power of 2 that is 0, subnormal numbers and float64 included: stands for -inf in products
 NEVER = tl.constexpr(-1100.0)
+# a token of another part of the vocabulary: no logit here, but a gradient
+ELSEWHERE = tl.constexpr(-(2**62))
 # what the sum of a row, relative to its anchor, must stay below
 MANY = tl.constexpr(2.0**20)
 
@@ -396,7 +398,8 @@ def row_gradient_kernel(
     y = place_of(x, rate, SOFTCAP)
     token = tl.load(tokens_ptr + row, mask=keep, other=-1)
     known = (token >= 0) & (token < vocab)
-    g = tl.where(known, tl.load(grad_logprobs_ptr + row, mask=keep, other=0), 0.0) * slope
+    counts = known | (token == ELSEWHERE)
+    g = tl.where(counts, tl.load(grad_logprobs_ptr + row, mask=keep, other=0), 0.0) * slope
     level, rest = exponent_level(tl.load(lse_ptr + row, mask=keep, other=0), offset)
     t = score(y, scale, level)
     p = tl.exp2(t)
