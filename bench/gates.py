@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 import nlhf_kernels as nk
-from nlhf_kernels import eager
 from nlhf_kernels.testing import Case
 from nlhf_kernels.testing.cases import HEADS
 from nlhf_kernels.testing.compare import Answers, grad_outputs, widened
@@ -206,7 +205,7 @@ def _gradients(op: str, args: tuple, kwargs: dict) -> tuple:
         own = leaves(op, wide)
         for x in own.values():
             x.requires_grad_()
-        value = differentiated(op, getattr(eager, op)(**wide))
+        value = differentiated(op, getattr(nk, op)(**wide, backend="eager"))
         weights = _weights(arguments["tokens"])[some] if value.dim() else value.new_tensor(share)
         first, *others = torch.autograd.grad(value, list(own.values()), weights)
         pieces.append((some, first))

@@ -88,6 +88,9 @@ def test_quick_compiles_nothing_and_no_peers_means_none(monkeypatch):
     assert names() == ["eager", "cpp", "another"]
     assert names("--no-peers") == ["eager", "cpp"]
     assert names("--no-peers", "--backend", "cpp") == ["cpp"]
+
+
+def test_a_chosen_backend_is_there_after_a_product_too():
     flags = ["--op", HEADS[0], "--no-peers", "--backend", "cpp"]
     (of_head, *_) = cli.select(cli.parser().parse(flags))
     ours = ["cpp", "matmul + cpp", "matmul + cpp, in place"]
