@@ -34,7 +34,7 @@ SHAPES = {
 QUICK = SHAPES | {"cpu": (512, 576, "smollm2-135m", F32)}
 # numbers of each logit that lie in memory at a time, in float32: what a look at them has shown, and
 # one to spare
-EAGER_COPIES, MATMUL_COPIES = 9, 2
+EAGER_COPIES, MATMUL_COPIES = 6, 2
 # of what is free; the rest is for others
 SHARE, FEWEST = 0.8, 256
 B = 8

@@ -201,12 +201,12 @@ def test_what_does_not_fit_is_measured_with_fewer_tokens(tiny, monkeypatch):
     V = VOCABULARY[losses.LARGEST]
     copies = losses_memory.EAGER_COPIES
     monkeypatch.setattr(losses_memory, "FEWEST", 1)
-    free = 4 * copies * 16 * V / losses_memory.SHARE
+    free = 4 * copies * 32 * V / losses_memory.SHARE
     monkeypatch.setattr(losses_memory, "_free_bytes", lambda device: free + 1e3)
     rows = list(losses_memory.rows("cpu", quick=False))
     assert [(r["dims"]["N"], r["variant"] == "eager", r["status"]) for r in rows] == [
         (64, False, "ok"), (64, False, "ok"), (64, True, "missing"),
-        (16, False, "ok"), (16, False, "ok"), (16, True, "ok"),
+        (32, False, "ok"), (32, False, "ok"), (32, True, "ok"),
     ]  # fmt: skip
     assert "needs about" in rows[2]["note"]
 
