@@ -18,12 +18,13 @@ from bench import (
     ops,
     page,
     peers,
+    report,
 )
 from bench.gpu_summary import summary
 from bench.problem import Problem
 from nlhf_kernels.testing.case import BF16, F32, VOCABULARY, Case
 from tests.conftest import LIMITS
-from tests.test_bench_report import GPU, cpu_rows, loss_memory_row, loss_row, op_row, stamp
+from tests.test_bench_report import GPU, op_row, stamp
 
 HEAD = {"hidden_size": 8, "vocab_size": 1100}
 
@@ -52,6 +53,40 @@ def tiny(small_bench, monkeypatch):
 def run_json(capsys, *flags, status=0) -> list[dict]:
     assert losses.main([*flags, "--json"]) == status
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+# ---- rows
+
+
+def loss_row(variant, ms, /, *, table="logits", V=151_936, **other):
+    row = op_row(variant, ms, op="pairwise_pg_loss", V=V, mode="fwd+bwd", **other)
+    return row | {"kind": "losses", "table": table, "limit": other.get("limit", "copy")}
+
+
+def loss_memory_row(variant, mb, N=4096, **other):
+    row = op_row(variant, mb, op="linear_pairwise_pg_loss", mode="fwd+bwd")
+    shape = {"shape": f"model-151k, N={N:,}", "dims": {"N": N, "D": 576, "V": 151_936}}
+    return row | shape | {"kind": "losses memory", "mb": mb, "gradients_mb": 100.0, **other}
+
+
+def loss_rows() -> list[dict]:
+    rows = []
+    for V in (49_152, 151_936):
+        rows += [
+            loss_row("cpp, in place", 10.0, V=V, peak_mb=0.0),
+            loss_row("cpp", 20.0, V=V, peak_mb=58.0),
+            loss_row("eager", 160.0, V=V, peak_mb=290.0),
+            loss_row("torch log_softmax (no entropy)", 30.0, V=V, peer=True),
+            loss_row("torch.compile", 25.0, V=V, peer=True),
+        ]
+    rows += [
+        *(loss_row(f"{path}, {who}", ms, table="step", V=49_152)
+          for path, who, ms in (("logits", "cpp", 100.0), ("logits", "eager", 210.0),
+                                ("chunks", "cpp", 70.0), ("chunks", "eager", 300.0))),
+        loss_memory_row("cpp", 600.0), loss_memory_row("eager", 16_000.0),
+        loss_memory_row("matmul + cpp, in place", 2_900.0),
+    ]  # fmt: skip
+    return rows
 
 
 # ---- what it measures
@@ -215,7 +250,7 @@ def test_what_does_not_fit_is_measured_with_fewer_tokens(tiny, monkeypatch):
 
 
 def test_targets_stand_beside_figures_in_a_terminal_alone():
-    rows = [r for r in cpu_rows() if r["kind"].startswith("losses")]
+    rows = loss_rows()
     shown = {table.title: table.cells() for table in losses_tables.tables(rows, targets=True)}
     first = shown[losses_tables.TITLES["logits"]][0]
     assert first[3:9] == [
@@ -229,7 +264,10 @@ def test_targets_stand_beside_figures_in_a_terminal_alone():
     (memory,) = shown["Memory of the loss from hidden states, beyond the inputs"]
     assert memory[2:7] == ["600", "100", "2,900", "16,000", "3.75 % (met: 10 %)"]
     assert losses_tables.verdict(rows) == "Targets met: 9 of 11"
-    lines = "\n".join(page._losses(rows))
+    assert [report.fault(row) for row in rows] == [""] * len(rows)
+    assert len(report.latest(rows * 2)) == len(rows)
+    whole = page.page(rows, [])
+    lines = whole[whole.index("## Losses") : whole.index("## The linear family")]
     assert "16.0" in lines
     assert "met" not in lines
 
