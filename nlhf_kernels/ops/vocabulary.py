@@ -13,7 +13,6 @@ from torch import Tensor
 from nlhf_kernels.eager.logits import vocabulary_sizes
 from nlhf_kernels.ops import common
 
-
 # a token of another part: kernels find no logit for it, and its log-probability has a gradient
 ELSEWHERE = -(2**62)
 
