@@ -62,8 +62,9 @@ class _PairwisePGLoss(torch.autograd.Function):
         ctx.save_for_backward(logits, ref_logits, ids, mask, lse, ref_lse, coef, kl)
         ctx.settings = settings
         ctx.inplace, ctx.weight = inplace, weight
-        empty = logprobs.new_empty(0)
-        results = (logprobs, refs if exact else empty, entropy, empty if kl is None else kl)
+        # two, as torch.compile cannot trace one tensor that is returned twice
+        refs = refs if exact else logprobs.new_empty(0)
+        results = (logprobs, refs, entropy, logprobs.new_empty(0) if kl is None else kl)
         ctx.mark_non_differentiable(*results)
         return loss, *results
 
