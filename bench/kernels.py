@@ -46,10 +46,10 @@ NO_DRAW_ROWS = {**NO_ROWS, "seed_rows_ptr": None, "position_rows_ptr": None}
 NO_FILTER_ROWS = {"top_k_rows_ptr": None, "top_p_rows_ptr": None, "min_p_rows_ptr": None}
 NO_REF = {"ref_ptr": None}
 # without a soft cap, and without a reference
-READ = {"LANES": token_rows.LANES, "PARTS": token_rows.PARTS, "SOFTCAP": False}
-READ_ONE = {**READ, **NO_REF, "ref_logprobs_ptr": None, "kl_ptr": None, "ref_lse_ptr": None}
-BLOCK = {"BLOCK": token_rows.BLOCK, "SOFTCAP": False}
-BLOCK_ONE = {**BLOCK, **NO_REF, "ref_lse_ptr": None, "kl_ptr": None, "grad_kl_ptr": None}
+ROW = {"BLOCK": token_rows.BLOCK, "SOFTCAP": False}
+ROW_ONE = {**ROW, **NO_REF, "kl_ptr": None, "ref_lse_ptr": None}
+READ_ONE = {**ROW_ONE, "ref_logprobs_ptr": None}
+WRITE_ONE = {**ROW_ONE, "grad_kl_ptr": None}
 TILE = common.TILE.value
 # of a row of 152 thousand ids
 TILES = 256
@@ -62,7 +62,7 @@ SPAN = linear_mixture_sample.BLOCK_V
 class Variant:
     constants: dict
     # of the dtype of the row: read and written for one element
-    values: int
+    values: float
     # other bytes of an element
     more: float = 0
     loops: int = 0
@@ -72,6 +72,8 @@ class Variant:
     options: dict | None = None
     block: int | None = None
     dtypes: tuple[str, ...] = ()
+    # of arguments that have not the dtype of the row
+    types: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,12 +139,12 @@ KERNELS = {
         token_rows.ROW_OPTIONS,
         load_bits=128,
         registers=96,
-        block=token_rows.LANES * token_rows.PARTS,
+        block=token_rows.BLOCK,
         variants={
             "plain": Variant({**READ_ONE, **NO_MASK}, values=1, loops=4, rare=3),
             "mask+softcap": Variant({**READ_ONE, "SOFTCAP": True}, values=1, loops=4, rare=3),
-            "kl": Variant(READ, values=2, loops=5, rare=4),
-            "kl+softcap": Variant({**READ, "SOFTCAP": True}, values=2, loops=5, rare=4),
+            "kl": Variant(ROW, values=2, loops=5, rare=4),
+            "kl+softcap": Variant({**ROW, "SOFTCAP": True}, values=2, loops=5, rare=4),
         },
     ),
     # a program is one block: a logit is read, its gradient written
@@ -153,12 +155,18 @@ KERNELS = {
         registers=112,
         block=token_rows.BLOCK,
         variants={
-            "entropy": Variant({**BLOCK_ONE, **NO_MASK}, values=2),
-            "mask": Variant({**BLOCK_ONE, **NO_ENTROPY}, values=2),
-            "mask+softcap": Variant({**BLOCK_ONE, **NO_ENTROPY, "SOFTCAP": True}, values=2),
-            "kl": Variant({**BLOCK, **NO_ENTROPY}, values=3),
-            "kl+entropy": Variant(BLOCK, values=3),
-            "kl+softcap": Variant({**BLOCK, **NO_ENTROPY, "SOFTCAP": True}, values=3),
+            "entropy": Variant({**WRITE_ONE, **NO_MASK}, values=2),
+            "mask": Variant({**WRITE_ONE, **NO_ENTROPY}, values=2),
+            "mask+softcap": Variant({**WRITE_ONE, **NO_ENTROPY, "SOFTCAP": True}, values=2),
+            "to bfloat16": Variant(
+                {**WRITE_ONE, **NO_ENTROPY},
+                values=1.5,
+                dtypes=("float32",),
+                types=(("grad_ptr", "*bf16"),),
+            ),
+            "kl": Variant({**ROW, **NO_ENTROPY}, values=3),
+            "kl+entropy": Variant(ROW, values=3),
+            "kl+softcap": Variant({**ROW, **NO_ENTROPY, "SOFTCAP": True}, values=3),
         },
     ),
     # an element is a token: its log-probability, its cost and a mask are read, its coefficient
@@ -276,7 +284,7 @@ def signature(kernel: Kernel, variant: Variant, dtype: str) -> tuple[dict, dict,
             types[name] = "constexpr"
             continue
         if name in LOGITS + HEADS:
-            types[name] = f"*{dtype}"
+            types[name] = dict(variant.types).get(name, f"*{dtype}")
         elif name in INTEGERS:
             types[name] = "*i64"
         elif name in COUNTERS:
