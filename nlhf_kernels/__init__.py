@@ -1,8 +1,11 @@
 """Fused ops for Nash learning from human feedback: mixture sampling, pairwise policy gradients."""
 
 from nlhf_kernels.eager import MixtureSample, PairwisePGLoss, TokenLogprobs, fold_in
+from nlhf_kernels.eager_pair_loss import PAIR_METHODS, PairLoss, PairMethod
+from nlhf_kernels.ops.ema_update import ema_update_
 from nlhf_kernels.ops.linear_mixture_sample import linear_mixture_sample
 from nlhf_kernels.ops.mixture_sample import mixture_sample
+from nlhf_kernels.ops.pair_loss import pair_loss
 from nlhf_kernels.ops.pairwise_pg_loss import pairwise_pg_loss
 from nlhf_kernels.ops.skinny_linear import skinny_linear
 from nlhf_kernels.ops.token_logprobs import token_logprobs
@@ -12,12 +15,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BACKENDS",
+    "PAIR_METHODS",
     "MixtureSample",
+    "PairLoss",
+    "PairMethod",
     "PairwisePGLoss",
     "TokenLogprobs",
+    "ema_update_",
     "fold_in",
     "linear_mixture_sample",
     "mixture_sample",
+    "pair_loss",
     "pairwise_pg_loss",
     "reason",
     "resolve",

@@ -18,6 +18,8 @@ ORDER = {"cpu": ("cpp", "eager"), "cuda": ("triton", "eager")}
 OPS = ("mixture_sample", "linear_mixture_sample", "token_logprobs", "pairwise_pg_loss")
 # not of logits: a layer of the model, on the CPU only
 LAYERS = ("skinny_linear",)
+# of numbers per response, and of weights
+UPDATES = ("pair_loss", "ema_update_")
 
 # raw op -> backend -> "module:function"; eager is called straight and has no raw op
 _NATIVE, _TRITON = "nlhf_kernels.backends.native", "nlhf_kernels.backends.triton"
@@ -47,6 +49,14 @@ _PATHS = {
         "triton": f"{_TRITON}.pairwise_pg_loss:pairwise_pg_loss_bwd",
     },
     "skinny_linear_fwd": {"cpp": f"{_NATIVE}:skinny_linear_fwd"},
+    "pair_loss_fwd": {
+        "cpp": f"{_NATIVE}_small:pair_loss_fwd",
+        "triton": f"{_TRITON}.pair_loss:pair_loss_fwd",
+    },
+    "ema_update__fwd": {
+        "cpp": f"{_NATIVE}_small:ema_update__fwd",
+        "triton": f"{_TRITON}.ema_update:ema_update__fwd",
+    },
 }
 # op -> the op whose backends serve it: after a matrix product, where they have no kernel for it
 _THROUGH = {"linear_mixture_sample": "mixture_sample"}
@@ -156,7 +166,7 @@ def table() -> list[tuple[str, str, str, str]]:
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     return [
         (op, backend, device, reason(op, backend, device))
-        for op in (*OPS, *LAYERS)
+        for op in (*OPS, *LAYERS, *UPDATES)
         for backend in BACKENDS
         for device in devices
     ]

@@ -24,9 +24,9 @@ PUBLIC = "nlhf_kernels"
 MEASURED = rf"{PUBLIC}(\.testing(\..*)?)?|nlhf(\..*)?|bench(\..*)?"
 # who may import whom, inside the repository: the first pattern that matches a module decides
 LAYERS = [
-    (r"nlhf_kernels\.eager", r"nlhf_kernels\.noise"),
+    (r"nlhf_kernels\.eager(_pair_loss|_ema)?", r"nlhf_kernels\.noise"),
     (r"nlhf_kernels\.(noise|registry)", r""),
-    (r"nlhf_kernels\.backends\.native", r"nlhf_kernels\._native"),
+    (r"nlhf_kernels\.backends\.native(_small)?", r"nlhf_kernels\._native"),
     (
         r"nlhf_kernels\.backends\.triton(\..*)?",
         r"nlhf_kernels\.backends\.triton\.(common|mixture_draw|mixture_filters)",
@@ -34,10 +34,14 @@ LAYERS = [
     (r"nlhf_kernels\.backends", r""),
     (r"nlhf_kernels\.ops\.common", r"nlhf_kernels\.(eager|registry)"),
     (r"nlhf_kernels\.ops\.sampling", r"nlhf_kernels\.(eager|registry|ops\.common)"),
+    (
+        r"nlhf_kernels\.ops\.(pair_loss|ema_update)",
+        r"nlhf_kernels\.(eager(_pair_loss|_ema)?|registry|ops\.common)",
+    ),
     (r"nlhf_kernels\.ops\..*", r"nlhf_kernels\.(eager|registry|ops\.(common|sampling))"),
     (r"nlhf_kernels\.ops", r""),
     (r"nlhf_kernels\.testing.*", r"nlhf_kernels(\.(eager|registry|testing(\..*)?))?"),
-    (r"nlhf_kernels(\.__main__)?", r"nlhf_kernels(\.(eager|registry|ops\..*))?"),
+    (r"nlhf_kernels(\.__main__)?", r"nlhf_kernels(\.(eager(_pair_loss)?|registry|ops\..*))?"),
     # kernels are compiled ahead of time one by one, below any public name
     (r"bench\.(aot|kernels)", rf"{MEASURED}|nlhf_kernels\.backends\.triton(\..*)?"),
     (r"bench(\..*)?", MEASURED),
