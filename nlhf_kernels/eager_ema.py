@@ -56,8 +56,8 @@ def ema_update_(
     Stochastic rounding: element i in memory of tensor k has the word i % 4 of Philox 4x32-10, key
     ``fold_in(seed, k)``, counter (i // 4 low, i // 4 high, 0, 3). Its lower 16 bits are added to
     the bits of the float32 value before the lower half is cut off: the expectation is the value.
-    Infinities and NaN stay. Without it an average in bfloat16 stalls as soon as a step is smaller
-    than half of its last digit, for decay = 0.999 at once.
+    Infinities and NaN stay. Without it an average in bfloat16 stalls where a step is less than half
+    of its last digit: with decay = 0.999 wherever param is within twice the average of it.
     """
     if not ema:
         return

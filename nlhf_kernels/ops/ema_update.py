@@ -12,6 +12,7 @@ from nlhf_kernels.ops import common
 
 OP = "ema_update_"
 LONG = 2**63 - 1
+DTYPES = set(common.FLOATS)
 
 
 def _update(ema, params, decay, decay_tensor, seed, seed_tensor, backend):
@@ -44,6 +45,8 @@ def _check_lists(ema, params) -> tuple[list[Tensor], list[Tensor]]:
     if len(ema) != len(params):
         counts = f"{len(ema)} and {len(params)}"
         raise ValueError(f"{OP}: ema and params must be as many, got {counts} tensors")
+    if not torch.compiler.is_compiling() and _usual(ema, params):
+        return ema, params
     device = None
     for k, (x, p) in enumerate(zip(ema, params, strict=True)):
         for name, y in ((f"ema[{k}]", x), (f"params[{k}]", p)):
@@ -60,6 +63,20 @@ def _check_lists(ema, params) -> tuple[list[Tensor], list[Tensor]]:
         if not (x.is_contiguous() and p.is_contiguous()):
             _check_layout(k, x, p)
     return ema, params
+
+
+def _usual(ema: list, params: list) -> bool:
+    """Whether all is well at a glance: hundreds of tensors come with every step."""
+    tensors = ema + params
+    return (
+        all(isinstance(x, Tensor) for x in tensors)
+        and {x.layout for x in tensors} == {torch.strided}
+        and {x.dtype for x in tensors} <= DTYPES
+        and len(devices := {x.device for x in tensors}) == 1
+        and torch.device("meta") not in devices
+        and [x.shape for x in ema] == [p.shape for p in params]
+        and all(map(Tensor.is_contiguous, tensors))
+    )
 
 
 def _check_layout(k: int, x: Tensor, p: Tensor) -> None:
