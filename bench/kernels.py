@@ -14,8 +14,10 @@ import torch
 from bench import yardsticks
 from nlhf_kernels.backends.triton import (
     common,
+    ema_update,
     linear_mixture_sample,
     mixture_sample,
+    pair_loss,
     pairwise_pg_loss,
     token_rows,
 )
@@ -26,18 +28,20 @@ HEADS = tuple(
     f"{model}_{x}_ptr" for model in ("policy", "ref") for x in ("hidden", "weight", "bias")
 )
 INTEGERS = (
-    "tokens_ptr", "seed_rows_ptr", "position_rows_ptr", "top_k_rows_ptr", "cu_seqlens_ptr"
+    "tokens_ptr", "seed_rows_ptr", "position_rows_ptr", "top_k_rows_ptr", "cu_seqlens_ptr",
+    "table_ptr", "seed_ptr",
 )  # fmt: skip
+PAIR_WEIGHTS = tuple(f"weight{j}" for j in range(pair_loss.MOST_ANCHORS))
 FLOATS = (
     "temperature", "softcap", "scale", "offset", "rate", "slope", "coef", "baseline", "top_p",
-    "min_p",
+    "min_p", "decay", *PAIR_WEIGHTS,
 )  # fmt: skip
 # the values that the launches leave out of the specialisation, or that no hint would fit
 PLAIN = (
     "length", "batch", "tiles", "spans", "seed_low", "seed_high", "position", "seed", "top_k",
-    "first_row", "rows",
+    "first_row", "rows", "pairs",
 )  # fmt: skip
-COUNTERS = ("winner_ptr", "arrived_ptr", "lanes_ptr")
+COUNTERS = ("winner_ptr", "arrived_ptr", "lanes_ptr", "owners_ptr")
 
 NO_MASK = {"mask_ptr": None}
 NO_ENTROPY = {"entropy_ptr": None, "grad_entropy_ptr": None}
@@ -112,9 +116,18 @@ class Kernel:
         return self.block / self.threads
 
 
+NO_NUMBERS = {"decay_ptr": None, "seed_ptr": None}
 NO_SPAN_ROWS = {k: None for k in NO_DRAW_ROWS if k != "coef_rows_ptr"}
 NO_REF_HEAD = {"ref_hidden_ptr": None, "ref_weight_ptr": None, "ref_bias_ptr": None}
 ONE_HEAD = {"ref_weight_ptr": None, "policy_bias_ptr": None, "ref_bias_ptr": None, **NO_DRAW_ROWS}
+
+
+def _ema_variant(ema: str, param: str, stochastic: bool, **more) -> Variant:
+    """Averages and parameters of one dtype each; the two numbers come from the device, or not."""
+    codes = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
+    kind = 4 * codes[ema] + codes[param]
+    constants = {"PRESENT": 1 << kind, "STOCHASTIC": stochastic, "BLOCK": ema_update.BLOCK}
+    return Variant(constants | NO_NUMBERS, dtypes=(ema,), **more)
 
 
 def _span_variant(rows: int, itemsize: int, without: dict) -> Variant:
@@ -270,6 +283,48 @@ KERNELS = {
         variants={"yardstick": Variant({"BLOCK": yardsticks.BLOCK, "BLOCKS": 64}, values=2)},
         dtypes=("float32", "bfloat16"),
         floats="fp32",
+    ),
+    # one program has all pairs, which are few: their sum needs no second launch
+    "pair_kernel": Kernel(
+        pair_loss.pair_kernel,
+        pair_loss.OPTIONS,
+        load_bits=32,
+        registers=128,
+        block=pair_loss.STEP,
+        variants={
+            "label": Variant(
+                {
+                    "ANCHORS": 2,
+                    "FORM": pair_loss.LABEL.value,
+                    "STEP": pair_loss.STEP,
+                    "other_preference_ptr": None,
+                },
+                values=10,
+                loops=1,
+            ),
+            "logistic": Variant(
+                {"ANCHORS": 1, "FORM": pair_loss.LOGISTIC.value, "STEP": pair_loss.STEP},
+                values=9,
+                loops=1,
+            ),
+        },
+        dtypes=("float32", "float64"),
+    ),
+    # an element is one of a weight and of its average. Both ways of a branch are counted, that of
+    # the last block of a tensor too
+    "ema_kernel": Kernel(
+        ema_update.ema_kernel,
+        ema_update.OPTIONS,
+        load_bits=128,
+        registers=128,
+        block=ema_update.BLOCK,
+        variants={
+            "float32": _ema_variant("float32", "float32", False, values=3),
+            "bfloat16": _ema_variant("bfloat16", "bfloat16", False, values=3),
+            "master": _ema_variant("float32", "bfloat16", False, values=2, more=2),
+            "stochastic": _ema_variant("bfloat16", "bfloat16", True, values=3),
+            "float64": _ema_variant("float64", "float64", False, values=3),
+        },
     ),
 }
 

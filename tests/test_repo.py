@@ -40,7 +40,7 @@ LAYERS = [
     (r"nlhf_kernels\.ops\.heads", r"nlhf_kernels\.(registry|ops\.(common|vocabulary))"),
     (
         r"nlhf_kernels\.ops\..*",
-        r"nlhf_kernels\.(eager|registry|ops\.(common|sampling|vocabulary|pg|heads))",
+        r"nlhf_kernels\.(eager(\.pair_loss)?|registry|ops\.(common|sampling|vocabulary|pg|heads))",
     ),
     (r"nlhf_kernels\.ops", r""),
     (r"nlhf_kernels\.testing.*", r"nlhf_kernels(\.(eager|registry|testing(\..*)?))?"),
