@@ -39,7 +39,7 @@ PARTS = {
     "gpu": "bench.gpu",
     "report": "bench.report",
 }
-ALL = (*OPS, heads.OP, layers.OP)
+ALL = (*OPS, layers.OP)
 # for a contender and a mode
 SECONDS = {"cpu": 0.6, "cuda": 0.2}
 QUICK_SECONDS = 0.5
@@ -184,9 +184,9 @@ def _problems(op: str, arguments: argparse.Namespace) -> list[tuple[str, Callabl
         return dataclasses.replace(problem, contenders=tuple(filter(wanted, problem.contenders)))
 
     if op in OPS:
-        return [(case.why, functools.partial(of_case, case)) for case in OPS[op].bench[device]]
-    families = {heads.OP: heads.problems, layers.OP: layers.problems}
-    found = families[op](device, arguments.quick)
+        cases = [heads.quick(x) if arguments.quick else x for x in OPS[op].bench[device]]
+        return [(case.why, functools.partial(of_case, case)) for case in cases]
+    found = layers.problems(device)
     return [(problem.shape, functools.partial(of_problem, problem)) for problem in found]
 
 

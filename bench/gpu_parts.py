@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import heads
 from bench.sampling import NAMES as SAMPLING
 from bench.setting import MODELS
 from nlhf_kernels.testing import OPS
@@ -24,7 +23,7 @@ STEPS = (("qwen2.5-1.5b", 0), ("llama3-8b", 16), ("qwen2.5-0.5b", 0))
 # part -> what stands behind its colon in --only, and what that may be; () is anything
 NARROWED_BY = {
     "check": ("OP", tuple(OPS)),
-    "ops": ("OP", (*OPS, heads.OP)),
+    "ops": ("OP", tuple(OPS)),
     "sampling": ("NAME", SAMPLING),
     "step": ("MODEL", tuple(MODELS)),
     "tests": ("EXPRESSION of pytest -k", ()),

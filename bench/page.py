@@ -48,8 +48,10 @@ that has made none before, stacks and outputs included.
 """
 
 HEADS = """\
-From hidden states and the weights of the head to log-probabilities. Ours is not fused yet: a
-library's matrix product, and `token_logprobs` over the logits.
+From hidden states and the weights of the head to log-probabilities, exact KL and the loss, and
+back to the gradients of both. Beside the fused ops stand those over logits after a library's matrix
+product. `gemm` counts a product for the logits and two on the way back, one for a reference's, and
+for single tokens those that a second pass makes: who keeps all logits needs none.
 """
 
 STEP = """\

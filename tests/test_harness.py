@@ -8,7 +8,7 @@ from torch.testing._internal.optests import OpCheckError
 
 from nlhf_kernels import eager
 from nlhf_kernels.testing import OPS, Case, check, traffic
-from nlhf_kernels.testing.cases import SAMPLERS
+from nlhf_kernels.testing.cases import HEADS, SAMPLERS
 from nlhf_kernels.testing.check import check_by
 from nlhf_kernels.testing.compare import (
     TOLERANCE,
@@ -236,11 +236,29 @@ def test_the_far_tail_is_far():
     assert rare.tolist() == [True] * 4 + [False] * 4
 
 
+def check_head_traffic(case: Case, products: int) -> None:
+    """A product is 2NVD: three of a trained head, one of a reference's, and those made again."""
+    (moved, forward), (moved_back, backward) = traffic(case), traffic(case, backward=True)
+    expected = {
+        "linear_token_logprobs": (1, 3),
+        "linear_token_kl": (2, 4),
+        "linear_pairwise_pg_loss": (1, 2),
+    }[case.op]
+    assert (forward, backward) == tuple(2 * products * n for n in expected)
+    *batch, D, V = case.shape
+    factors = (torch.Size(batch).numel() + V) * D * case.dtype.itemsize
+    heads = 2 if case.op == "linear_token_kl" else 1
+    assert (moved, moved_back) == (heads * factors, (heads + 1) * factors)
+
+
 def test_traffic_of_bench_cases(op):
     for case in itertools.chain(*OPS[op].bench.values()):
         assert isinstance(case, Case)
         size = torch.Size(case.shape).numel()
         moved, flops = traffic(case)
+        if op in HEADS:
+            check_head_traffic(case, size)
+            continue
         assert flops >= 4 * size
         if op == "linear_mixture_sample":
             # not the logits: one head, or two, and little beside
@@ -249,4 +267,5 @@ def test_traffic_of_bench_cases(op):
             continue
         assert moved % size == 0
         if op not in SAMPLERS:
-            assert traffic(case, backward=True)[0] == 2 * size * case.dtype.itemsize
+            passes = 3 if op == "token_kl" else 2
+            assert traffic(case, backward=True)[0] == passes * size * case.dtype.itemsize

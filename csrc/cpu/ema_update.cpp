@@ -1,6 +1,7 @@
 #include "cpu/ema_update.h"
 
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
 
 #include "common/parallel.h"
@@ -87,49 +88,73 @@ void update(E* ema, const P* param, int64_t n, Step step) {
   }
 }
 
-NLHF_CLONES void interleave(const uint64_t* low, const uint64_t* high, int64_t blocks,
-                            uint32_t* words) {
+// Only the lower half of a word is drawn with: four of them are one number of 64 bits.
+NLHF_CLONES void lower_halves(const uint64_t* low, const uint64_t* high, int64_t blocks,
+                              uint64_t* out) {
+  constexpr uint64_t kHalf = 0xFFFFu;
 #pragma omp simd
   for (int64_t i = 0; i < blocks; ++i) {
-    words[4 * i] = static_cast<uint32_t>(low[i]);
-    words[4 * i + 1] = static_cast<uint32_t>(low[i] >> 32);
-    words[4 * i + 2] = static_cast<uint32_t>(high[i]);
-    words[4 * i + 3] = static_cast<uint32_t>(high[i] >> 32);
+    const uint64_t first = (low[i] & kHalf) | (low[i] >> 32 & kHalf) << 16;
+    const uint64_t second = (high[i] & kHalf) | (high[i] >> 32 & kHalf) << 16;
+    out[i] = first | second << 32;
   }
 }
 
-template <class S, class P>
-NLHF_UNFUSED NLHF_CLONES void round_stochastically(BFloat16* ema, const P* param, int64_t n, S coef,
-                                                   bool near, const uint32_t* words) {
+void unpack(const uint64_t* packed, int64_t blocks, uint16_t* halves) {
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+  std::memcpy(halves, packed, blocks * sizeof(uint64_t));
+#else
+  for (int64_t i = 0; i < 4 * blocks; ++i) {
+    halves[i] = static_cast<uint16_t>(packed[i / 4] >> 16 * (i % 4));
+  }
+#endif
+}
+
+// How a value comes about: the two steps above, or a copy.
+enum class Way { toward, away_from, copy };
+
+template <Way way, class S, class P>
+NLHF_UNFUSED NLHF_CLONES void round_stochastically(uint16_t* ema, const P* param, int64_t n, S coef,
+                                                   const uint16_t* halves) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const S old = read<S>(ema[i]), now = read<S>(param[i]);
-    const S base = near ? old : now;
-    const S sum = base + coef * (now - old);
-    const float value = static_cast<float>(coef == 0 ? base : sum);
-    const uint32_t bits = bit_cast<uint32_t>(value);
-    const bool finite = (bits & 0x7F800000u) != 0x7F800000u;
-    BFloat16 nearest;
-    from_float(value, nearest);
-    const uint32_t drawn = (bits + (words[i] & 0xFFFFu)) >> 16;
-    ema[i].bits = static_cast<uint16_t>(finite ? drawn : nearest.bits);
+    const S old = read<S>(BFloat16{ema[i]}), now = read<S>(param[i]);
+    S exact = now;
+    if constexpr (way != Way::copy) {
+      exact = (way == Way::toward ? old : now) + coef * (now - old);
+    }
+    const uint32_t bits = bit_cast<uint32_t>(static_cast<float>(exact)), size = bits & 0x7FFFFFFFu;
+    // a NaN whose upper half is that of an infinity must stay one
+    const uint32_t special = bits >> 16 | (size > 0x7F800000u ? 0x40u : 0u);
+    const uint32_t drawn = (bits + halves[i]) >> 16;
+    ema[i] = static_cast<uint16_t>(size < 0x7F800000u ? drawn : special);
   }
 }
 
 template <class S, class P>
-void update_stochastically(BFloat16* ema, const P* param, int64_t start, int64_t n, Step step,
+void update_stochastically(uint16_t* ema, const P* param, int64_t start, int64_t n, Step step,
                            int64_t seed) {
+  const S coef = static_cast<S>(step.coef);
+  // what the average holds is exact
+  if (coef == 0 && step.near) return;
   uint64_t low[kPhiloxBatch], high[kPhiloxBatch];
-  uint32_t words[kWords];
+  uint64_t packed[kPhiloxBatch];
+  uint16_t halves[kWords];
   for (int64_t done = 0; done < n; done += kWords) {
     const int64_t count = std::min(kWords, n - done), blocks = (count + 3) / 4;
     const auto block = static_cast<uint64_t>(start + done) / 4;
     // a batch begins at a multiple of its size, so its counters share their upper word
     const Words counter{{static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), 0, 3}};
     philox_batch(counter, 0, blocks, seed, low, high);
-    interleave(low, high, blocks, words);
-    round_stochastically<S>(ema + done, param + done, count, static_cast<S>(step.coef), step.near,
-                            words);
+    lower_halves(low, high, blocks, packed);
+    unpack(packed, blocks, halves);
+    if (coef == 0) {
+      round_stochastically<Way::copy, S>(ema + done, param + done, count, coef, halves);
+    } else if (step.near) {
+      round_stochastically<Way::toward, S>(ema + done, param + done, count, coef, halves);
+    } else {
+      round_stochastically<Way::away_from, S>(ema + done, param + done, count, coef, halves);
+    }
   }
 }
 
@@ -145,7 +170,10 @@ struct Piece {
     using S =
         std::conditional_t<std::is_same_v<E, double> || std::is_same_v<P, double>, double, float>;
     if constexpr (std::is_same_v<E, BFloat16>) {
-      if (seed) return update_stochastically<S>(ema + start, param + start, start, n, step, *seed);
+      if (seed) {
+        auto* bits = reinterpret_cast<uint16_t*>(tensor.ema) + start;
+        return update_stochastically<S>(bits, param + start, start, n, step, *seed);
+      }
     }
     update<S>(ema + start, param + start, n, step);
   }

@@ -5,7 +5,7 @@ import math
 from nlhf_kernels.testing import heads, losses, sampling
 from nlhf_kernels.testing.case import F32, OPS, Case, Op
 
-__all__ = ["OPS", "SAMPLERS", "Case", "Op", "traffic"]
+__all__ = ["HEADS", "OPS", "PER_TOKEN", "SAMPLERS", "Case", "Op", "traffic"]
 
 OPS |= {
     "mixture_sample": sampling.MIXTURE_SAMPLE,
@@ -18,6 +18,9 @@ OPS |= {
     "linear_pairwise_pg_loss": heads.LINEAR_PAIRWISE_PG_LOSS,
 }
 SAMPLERS = ("mixture_sample", "linear_mixture_sample")
+HEADS = ("linear_token_logprobs", "linear_token_kl", "linear_pairwise_pg_loss")
+# whose backward makes the logits again: who is given only gradients cannot have kept them
+PER_TOKEN = ("linear_token_logprobs", "linear_token_kl")
 
 
 def traffic(case: Case, backward: bool = False) -> tuple[int, int]:
@@ -37,7 +40,29 @@ def traffic(case: Case, backward: bool = False) -> tuple[int, int]:
         B, D, V = case.shape
         heads = 1 if case.options.get("heads") == "shared" else 2
         return (heads * V + 2 * B) * D * itemsize, 2 * 2 * size
+    exact = case.op.endswith("token_kl") or case.options.get("kl") == "exact"
+    if case.op in HEADS:
+        return _head_traffic(case, backward)
     if backward:
-        return 2 * size * itemsize, 4 * size
-    models = 2 if case.options.get("ref") == "logits" else 1
+        return (3 if exact else 2) * size * itemsize, 4 * size
+    models = 2 if exact or case.options.get("ref") == "logits" else 1
     return models * size * itemsize, models * 4 * size
+
+
+def _head_traffic(case: Case, backward: bool) -> tuple[int, int]:
+    """Of a head that is trained: 2NVD a product, and there and back are three.
+
+    The gradients of a loss are made with its logits, those of single tokens after a second pass.
+    """
+    *batch, D, V = case.shape
+    N = math.prod(batch)
+    hidden, weight = N * D * case.dtype.itemsize, V * D * case.dtype.itemsize
+    ref, again = case.options.get("ref"), case.op in PER_TOKEN
+    # another head, or other hidden states alone
+    refs = {"own": hidden + weight, "shared": hidden}.get(ref, 0)
+    product = 2 * N * V * D
+    logits = product * (2 if refs else 1)
+    if not backward:
+        return hidden + weight + refs, logits
+    # the factors are read once more, and their gradients written
+    return 2 * (hidden + weight) + refs * again, 2 * product + logits * again

@@ -61,7 +61,7 @@ def oracle(op: str, args: tuple, kwargs: dict, at_once: int = 2**25) -> Oracle:
     results, gradients, shares, grads, sums = [], [], [], [], []
     arguments = named(op, args, kwargs)
     tokens, statistics = arguments["tokens"], statistics_of(arguments)
-    for some, share, part in _sequences(arguments, at_once):
+    for some, share, part in sequences(arguments, at_once):
         wide = widened(part)
         own = leaves(op, wide)
         for name, x in own.items():
@@ -101,7 +101,7 @@ def statistics_of(arguments: dict) -> torch.dtype:
     return eager.statistics_dtype(*(arguments.get(name) for name in names))
 
 
-def _sequences(arguments: dict, at_once: int) -> Iterator[tuple]:
+def sequences(arguments: dict, at_once: int) -> Iterator[tuple]:
     """(which, their share of the mean, arguments): all at once if they are few, or packed."""
     tokens = arguments["tokens"]
     B = len(tokens)

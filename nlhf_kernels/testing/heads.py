@@ -174,21 +174,27 @@ _PG_TESTS = (
 )  # fmt: skip
 
 
-def _bench(make, **options) -> dict[str, tuple[Case, ...]]:
-    def step(model, B, T, dtype):
-        shape = (B, T, WIDTH[model], VOCABULARY[model])
-        return make(f"{model}, {B} x {T}", shape, dtype, **options)
+def step(make, model: str, B: int, T: int, dtype: torch.dtype, **options) -> Case:
+    """So many tokens at the head of a real model."""
+    shape = (B, T, WIDTH[model], VOCABULARY[model])
+    return make(f"{model}, N={B * T:,}", shape, dtype, **options)
+
+
+def _bench(make, on_cpu=(), **options) -> dict[str, tuple[Case, ...]]:
+    def step_of(*setting):
+        return step(make, *setting, **options)
 
     return {
-        "cpu": (step("smollm2-135m", 8, 64, F32),),
+        "cpu": tuple(step_of(*x, F32) for x in (("smollm2-135m", 8, 64), *on_cpu)),
         "cuda": (
-            step("qwen2.5-7b", 16, 512, BF16),
-            step("llama3-8b", 16, 512, BF16),
-            step("qwen2.5-1.5b", 16, 512, BF16),
+            step_of("qwen2.5-7b", 16, 512, BF16),
+            step_of("llama3-8b", 16, 512, BF16),
+            step_of("qwen2.5-1.5b", 16, 512, BF16),
         ),
     }
 
 
-LINEAR_TOKEN_LOGPROBS = Op(_linear_inputs, _LOGPROBS_TESTS, _bench(_logprobs))
+_MORE = (("qwen2.5-1.5b", 4, 24),)
+LINEAR_TOKEN_LOGPROBS = Op(_linear_inputs, _LOGPROBS_TESTS, _bench(_logprobs, _MORE))
 LINEAR_TOKEN_KL = Op(_linear_inputs, _KL_TESTS, _bench(_kl))
 LINEAR_PAIRWISE_PG_LOSS = Op(_pg_inputs, _PG_TESTS, _bench(_pg, masked="none"))
