@@ -138,7 +138,8 @@ def head_logits(
     """This rank's logits; hidden states under the mask are cut, or NaN comes back through them."""
     if keep is not None:
         hidden = torch.where(keep[..., None], hidden, 0)
-    hidden = SumOfGradients.apply(hidden, group)
+    # widened before: what the ranks add up to is rounded once
+    hidden = SumOfGradients.apply(hidden.to(dtype), group)
     # autocast would round them
     with torch.autocast(hidden.device.type, enabled=False):
         return linear_logits(hidden, weight, bias, softcap, dtype, logit_scale)
