@@ -10,7 +10,7 @@ from nlhf_kernels.ops import common, vocabulary
 # tokens of a chunk: fewer, and adding to the gradient of the weights takes as long as the products
 FEWEST = {"cpu": 128, "cuda": 2048}
 MOST = {"cpu": 4096, "cuda": 8192}
-BUDGET = {"cpu": 2**28, "cuda": 3 * 2**30}
+BUDGET = {"cpu": 2**26, "cuda": 3 * 2**30}
 # ids whose 16-bit weights are widened at a time on the CPU, where a product would round its result
 _PIECE = 4096
 
