@@ -24,17 +24,22 @@ PUBLIC = "nlhf_kernels"
 MEASURED = rf"{PUBLIC}(\.testing(\..*)?)?|nlhf(\..*)?|bench(\..*)?"
 # who may import whom, inside the repository: the first pattern that matches a module decides
 LAYERS = [
-    (r"nlhf_kernels\.eager", r"nlhf_kernels\.noise"),
+    (r"nlhf_kernels\.eager(\..*)?", r"nlhf_kernels\.(noise|eager\..*)"),
     (r"nlhf_kernels\.(noise|registry)", r""),
     (r"nlhf_kernels\.backends\.native", r"nlhf_kernels\._native"),
     (
         r"nlhf_kernels\.backends\.triton(\..*)?",
-        r"nlhf_kernels\.backends\.triton\.(common|mixture_draw|mixture_filters)",
+        r"nlhf_kernels\.backends\.triton\.(common|token_rows|mixture_draw|mixture_filters)",
     ),
     (r"nlhf_kernels\.backends", r""),
     (r"nlhf_kernels\.ops\.common", r"nlhf_kernels\.(eager|registry)"),
-    (r"nlhf_kernels\.ops\.sampling", r"nlhf_kernels\.(eager|registry|ops\.common)"),
-    (r"nlhf_kernels\.ops\..*", r"nlhf_kernels\.(eager|registry|ops\.(common|sampling))"),
+    (r"nlhf_kernels\.ops\.(sampling|pg)", r"nlhf_kernels\.(eager|registry|ops\.common)"),
+    (r"nlhf_kernels\.ops\.vocabulary", r"nlhf_kernels\.(eager\.logits|ops\.common)"),
+    (r"nlhf_kernels\.ops\.heads", r"nlhf_kernels\.(registry|ops\.(common|vocabulary))"),
+    (
+        r"nlhf_kernels\.ops\..*",
+        r"nlhf_kernels\.(eager|registry|ops\.(common|sampling|pg|vocabulary|heads))",
+    ),
     (r"nlhf_kernels\.ops", r""),
     (r"nlhf_kernels\.testing.*", r"nlhf_kernels(\.(eager|registry|testing(\..*)?))?"),
     (r"nlhf_kernels(\.__main__)?", r"nlhf_kernels(\.(eager|registry|ops\..*))?"),
