@@ -30,18 +30,16 @@ LAYERS = [
     (r"nlhf_kernels\.backends\.native", r"nlhf_kernels\._native"),
     (
         r"nlhf_kernels\.backends\.triton(\..*)?",
-        r"nlhf_kernels\.backends\.triton\.(common|mixture_draw|mixture_filters|token_rows)",
+        r"nlhf_kernels\.backends\.triton\.(common|token_rows|mixture_draw|mixture_filters)",
     ),
     (r"nlhf_kernels\.backends", r""),
     (r"nlhf_kernels\.ops\.common", r"nlhf_kernels\.(eager|registry)"),
-    (
-        r"nlhf_kernels\.ops\.(sampling|vocabulary|pg)",
-        r"nlhf_kernels\.(eager(\..*)?|registry|ops\.common)",
-    ),
+    (r"nlhf_kernels\.ops\.(sampling|pg)", r"nlhf_kernels\.(eager|registry|ops\.common)"),
+    (r"nlhf_kernels\.ops\.vocabulary", r"nlhf_kernels\.(eager\.logits|ops\.common)"),
     (r"nlhf_kernels\.ops\.heads", r"nlhf_kernels\.(registry|ops\.(common|vocabulary))"),
     (
         r"nlhf_kernels\.ops\..*",
-        r"nlhf_kernels\.(eager(\.pair_loss)?|registry|ops\.(common|sampling|vocabulary|pg|heads))",
+        r"nlhf_kernels\.(eager(\.pair_loss)?|registry|ops\.(common|sampling|pg|vocabulary|heads))",
     ),
     (r"nlhf_kernels\.ops", r""),
     (r"nlhf_kernels\.testing.*", r"nlhf_kernels(\.(eager|registry|testing(\..*)?))?"),
