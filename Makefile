@@ -73,13 +73,14 @@ bench: peers  ## the standing run: ops, whole steps, scaling; written to docs/be
 	$(BIN)/python -m bench step --wrong-too --save
 	$(BIN)/python -m bench step --efficiency --save
 	$(BIN)/python -m bench sampling --save
+	$(BIN)/python -m bench losses --save
 	$(BIN)/python -m bench scaling --save
 	env -u TRITON_INTERPRET $(BIN)/python -m bench aot --save
 	$(BIN)/python -m bench report
 
 .PHONY: bench-quick
 bench-quick: build  ## the bench at a few small shapes, nothing written
-	for part in "" step scaling; do $(BIN)/python -m bench $$part --quick || exit 1; done
+	for part in "" losses step scaling; do $(BIN)/python -m bench $$part --quick || exit 1; done
 
 .PHONY: gpu
 gpu:  ## build, check and measure on a CUDA machine with what is installed there

@@ -9,8 +9,8 @@ of a call that outlasts its share of the time, and two of one over a second. The
 machine (read, copy, matrix products) are measured in the same run. A contender that fails its gate
 gets no number. Exit status: 0; 1 if one of our backends is wrong; 2 for bad input.
 
-Other parts have a --help of their own: python -m bench sampling | step | scaling | aot | gpu |
-report
+Other parts have a --help of their own: python -m bench sampling | losses | step | scaling |
+aot | gpu | report
 """
 
 import argparse
@@ -33,6 +33,7 @@ from nlhf_kernels.testing.check import backends
 
 PARTS = {
     "sampling": "bench.sampling",
+    "losses": "bench.losses",
     "step": "bench.train_step",
     "scaling": "bench.scaling",
     "aot": "bench.aot",

@@ -41,9 +41,11 @@ def test_rows_have_every_field(op, capsys):
         assert row["dims"]["V"] == 1100
         assert (row["status"], row["note"], row["peer"]) == ("ok", "", False)
         assert row["ms"] == sorted(row["ms"])
-        assert row["gbps"] == pytest.approx(row["share"] * LIMITS[row["limit"]][0], rel=1e-3)
-    in_place = {"eager, in place", "cpp, in place"} if mode != "fwd" else set()
-    assert {row["variant"] for row in found} == {"eager", "cpp"} | in_place
+        rate = row["tflops" if op in HEADS else "gbps"]
+        assert rate == pytest.approx(row["share"] * LIMITS[row["limit"]][0], rel=1e-3)
+    others = {"eager, in place", "cpp, in place"} if mode != "fwd" else set()
+    others = {"matmul + cpp", "matmul + cpp, in place"} if op in HEADS else others
+    assert {row["variant"] for row in found} == {"eager", "cpp"} | others
 
 
 def test_shapes_are_named_by_their_beginnings(capsys):
