@@ -109,8 +109,8 @@ def reason(op: str, backend: str, device: str, features: tuple[str, ...] = ()) -
         return f"it is unknown: choose one of {', '.join(BACKENDS)}"
     if backend == "eager":
         return ""
-    op = _THROUGH.get(op, op)
-    if backend not in _PATHS[f"{op}_fwd"]:
+    served = _THROUGH.get(op, op)
+    if backend not in _PATHS[f"{served}_fwd"]:
         return f"{op} has no {backend} implementation"
     if backend in _ABSENT:
         return _ABSENT[backend]
@@ -120,7 +120,7 @@ def reason(op: str, backend: str, device: str, features: tuple[str, ...] = ()) -
         return "on the CPU it runs only in the interpreter: set TRITON_INTERPRET=1 before the start"
     if backend == "triton" and device != "cpu" and _INTERPRETED:
         return "TRITON_INTERPRET=1 is set, which is for the CPU: unset it to run on a GPU"
-    lacks = _LACKS.get(op, {}).get(backend, {})
+    lacks = _LACKS.get(served, {}).get(backend, {})
     return next((lacks[feature] for feature in features if feature in lacks), "")
 
 
