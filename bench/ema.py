@@ -75,7 +75,9 @@ def contenders(parts: tuple[int, ...], device: str) -> tuple[Contender, ...]:
         return Contender(name, peer, run, gate, missing)
 
     return (
-        contender(OP, lambda averages, weights: ours(averages, weights, decay=DECAY), False, absent),
+        contender(
+            OP, lambda averages, weights: ours(averages, weights, decay=DECAY), False, absent
+        ),
         contender(FOREACH, _foreach, True),
         contender(LOOP, _loop, True),
     )

@@ -131,9 +131,7 @@ def _over_logits(backend: str, args: tuple, kwargs: dict) -> Tensor:
     """As ``nlhf.losses`` has it."""
     hidden, weight, *rest = args
     logits = torch.nn.functional.linear(hidden, weight)
-    return nk.pairwise_pg_loss(
-        logits, *rest, **kwargs, inplace_backward=True, backend=backend
-    ).loss
+    return nk.pairwise_pg_loss(logits, *rest, **kwargs, inplace_backward=True, backend=backend).loss
 
 
 def _in_chunks(backend: str, args: tuple, kwargs: dict) -> Tensor:
@@ -216,9 +214,7 @@ def parser() -> cli.Parser:
     p.add_argument(
         "--only", type=cli.names_of(NAMES), metavar="NAME[,NAME]", help="these parts alone"
     )
-    p.add_argument(
-        "--quick", action="store_true", help="few shapes, little time, nothing compiled"
-    )
+    p.add_argument("--quick", action="store_true", help="few shapes, little time, nothing compiled")
     return p
 
 
