@@ -1,5 +1,6 @@
 """A vocabulary that two processes share gives what one process gives: values and gradients."""
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -20,7 +21,18 @@ def test_two_processes_are_as_one(target, tmp_path):
     # processes find each other through a file: a port may be taken by then
     file = tmp_path / "meeting"
     how = [str(file), target.backend, "few" if target.interpreted else "all"]
-    logs = [open(tmp_path / f"{rank}.log", "w+") for rank in (0, 1)]
+    with contextlib.ExitStack() as stack:
+        logs = [stack.enter_context(open(tmp_path / f"{rank}.log", "w+")) for rank in (0, 1)]
+        codes = run(how, logs)
+        said = []
+        for log in logs:
+            log.seek(0)
+            said.append(log.read()[-3000:])
+    assert codes == [0, 0], "\n".join(said)
+
+
+def run(how: list[str], logs: list) -> list[int | None]:
+    """What each ended with; None if it had to be ended."""
     workers = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.vocabulary_parts", str(rank), *how],
@@ -37,14 +49,8 @@ def test_two_processes_are_as_one(target, tmp_path):
             if any(worker.poll() for worker in workers) or time.monotonic() > end:
                 break
             time.sleep(0.05)
+        return [worker.poll() for worker in workers]
     finally:
-        codes = [worker.poll() for worker in workers]
         for worker in workers:
             worker.kill()
             worker.wait()
-        said = []
-        for log in logs:
-            log.seek(0)
-            said.append(log.read()[-3000:])
-            log.close()
-    assert codes == [0, 0], "\n".join(said)

@@ -139,6 +139,9 @@ def pairwise_pg_loss(
     settings = (float(temperature), float(softcap or 0), backend)
     if ref_logits is not None and not exact:
         ids = tokens if part is None else part.ids(tokens)
+        if dtype == torch.float64:
+            # beside float64 a narrower reference counts as exact
+            ref_logits = ref_logits.to(dtype)
         found = torch.ops.nlhf.token_logprobs_fwd(ref_logits, ids, mask, *settings)
         ref_logprobs = vocabulary.whole(part, tokens, mask, *found)[0]
     refs = pg.prepared(ref_logprobs, mask, dtype)

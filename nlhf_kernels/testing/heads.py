@@ -82,11 +82,12 @@ def _common(make) -> tuple[Case, ...]:
     return (
         make("ordinary: (B, T, D), strided", (2, 3, 7, 1030), layout="strided", temperature=0.7),
         make("three chunks", (300, 5, 70), **SMALL),
-        make("one token above a chunk", (129, 5, 70), **SMALL),
+        make("one token above a chunk", (129, 5, 70), bias=True, logit_scale=0.5, **SMALL),
         make("masked, two chunks", (5, 60, 6, 40), masked=True, layout="strided", **SMALL),
         make("bias, scale, soft cap", (5, 8, 70), bias=True, logit_scale=0.5, softcap=4.0),
         make("bias, scale, soft cap, bf16", (5, 8, 70), BF16, bias=True, logit_scale=0.25,
              softcap=30.0),
+        make("banned by a bias of -inf", (5, 8, 70), bias=True, banned=True),
         make("one column", (5, 1, 70)),
         make("no rows", (0, 5, 7)),
         make("bf16, more than a piece of the head", (9, 8, 4200), BF16),
@@ -95,10 +96,7 @@ def _common(make) -> tuple[Case, ...]:
     )  # fmt: skip
 
 
-_LOGPROBS_TESTS = (
-    *_common(_logprobs),
-    _logprobs("banned by a bias of -inf", (5, 8, 70), bias=True, banned=True),
-)
+_LOGPROBS_TESTS = _common(_logprobs)
 _KL_TESTS = (
     *_common(_kl),
     _kl("one head for both", (5, 8, 70), ref="shared", bias=True),
@@ -153,7 +151,8 @@ _PG_TESTS = (
     _pg("two chunks, sequence sums, packed, head of the reference", (2, 80, 5, 40),
         kl="sequence", packed=True, ref="own", **LONG),
     _pg("two chunks, token by token", (2, 80, 5, 40), kl="token", baseline=0.0, **LONG),
-    _pg("two chunks, exact", (2, 80, 5, 40), kl="exact", ref="own", **LONG),
+    _pg("two chunks, exact", (2, 80, 5, 40), kl="exact", ref="own", bias=True, logit_scale=0.5,
+        **LONG),
     _pg("exact, packed, soft-capped", (3, 5, 7, 50), kl="exact", ref="own", packed=True,
         softcap=5.0, temperature=0.7, bias=True, logit_scale=0.5),
     _pg("exact, one head", (3, 5, 7, 50), kl="exact", ref="shared", bias=True),
