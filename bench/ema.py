@@ -70,7 +70,7 @@ def contenders(parts: tuple[int, ...], device: str) -> tuple[Contender, ...]:
             want = DECAY * average.double() + (1 - DECAY) * weights.double()
             run((average, weights), {})
             known.clear()
-            gates.close("average", average, want, 1e-6)
+            gates.close("average", average, want, 2e-6)
 
         return Contender(name, peer, run, gate, missing)
 

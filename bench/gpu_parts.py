@@ -92,7 +92,7 @@ def sampling(device: str, only: list[str], out: Path) -> Part:
 def losses(device: str, only: list[str], out: Path) -> Part:
     arguments = [PYTHON, "-m", "bench", "losses", "--device", device, "--json"]
     arguments += ["--only", ",".join(only)] if only else ["--quick"]
-    return Part("losses", 90, (Command("losses", arguments),))
+    return Part("losses", 75, (Command("losses", arguments),))
 
 
 def step(device: str, only: list[str], out: Path) -> Part:

@@ -30,10 +30,11 @@ SHAPES = {
     "cpu": (4096, 576, "qwen2.5-1.5b", F32),
     "cuda": (65_536, 4096, "qwen2.5-1.5b", BF16),
 }
-QUICK = {"cpu": (512, 576, "smollm2-135m", F32), "cuda": (8192, 4096, "qwen2.5-1.5b", BF16)}
+# fewer tokens would say nothing of a GPU
+QUICK = SHAPES | {"cpu": (512, 576, "smollm2-135m", F32)}
 # numbers of each logit that lie in memory at a time, in float32: what a look at them has shown, and
 # one to spare
-EAGER_COPIES, MATMUL_COPIES = 9, 2
+EAGER_COPIES, MATMUL_COPIES = 6, 2
 # of what is free; the rest is for others
 SHARE, FEWEST = 0.8, 256
 B = 8
@@ -68,7 +69,7 @@ def rows(device: str, quick: bool) -> Iterator[dict]:
 
 def _fitting(N: int, V: int, free: float) -> int:
     """The tokens that eager has the memory for."""
-    while N > FEWEST and 4 * EAGER_COPIES * N * V > free:
+    while N > FEWEST and free < 4 * EAGER_COPIES * N * V:
         N //= 2
     return N
 

@@ -107,7 +107,7 @@ def _groups(rows: Iterable[Row]) -> list[list[Row]]:
     """The contenders of each problem together."""
     found: dict[tuple, list[Row]] = {}
     for row in rows:
-        key = (row["op"], row["dims"]["V"] if "V" in row["dims"] else 0, row["dtype"], row["shape"])
+        key = (row["op"], row["dims"].get("V", 0), row["dtype"], row["shape"])
         found.setdefault(key, []).append(row)
     return [found[key] for key in sorted(found)]
 
@@ -261,4 +261,4 @@ def _best(rows: list[Row], table: str) -> str:
     if not ours:
         return ""
     best = max(ours, key=lambda r: r["share"])
-    return f"{best['op']} {percent(best['share'])} of {best['limit']} ({best['shape']})"
+    return f"{best['op']} {percent(best['share'])} of {best['limit'].split()[0]}"

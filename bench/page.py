@@ -50,7 +50,7 @@ that has made none before, stacks and outputs included.
 LOSSES = """\
 `python -m bench losses`, all in one run: ours, on the backend that it chooses by itself, beside
 eager, torch.compile and the fastest of the peers; ratios are their time over ours. In place means
-that the gradient is written over the logits, which the others cannot do; into fresh memory the
+that the gradient is written over the logits, which few others can; into fresh memory the
 system has to clear its pages first. Memory is what a call takes beyond its inputs at its highest
 point, gradients included, that of the loss from hidden states in a process of its own. `product and
 op` makes the logits of all tokens first. The quickstart's step trains no head; seconds are those

@@ -49,6 +49,17 @@ def memory_row(mb, **other):
     return row | {"logits": "N(0, 16)", "mb": mb, "floor_mb": 0.0, **other}
 
 
+def loss_row(variant, ms, /, *, table="logits", V=151_936, **other):
+    row = op_row(variant, ms, op="pairwise_pg_loss", V=V, mode="fwd+bwd", **other)
+    return row | {"kind": "losses", "table": table, "limit": other.get("limit", "copy")}
+
+
+def loss_memory_row(variant, mb, N=4096, **other):
+    row = op_row(variant, mb, op="linear_pairwise_pg_loss", mode="fwd+bwd")
+    shape = {"shape": f"model-151k, N={N:,}", "dims": {"N": N, "D": 576, "V": 151_936}}
+    return row | shape | {"kind": "losses memory", "mb": mb, "gradients_mb": 100.0, **other}
+
+
 def step_row(variant, times, peak=1_000.0, /, **other):
     phases = dict(zip(("rollout", "scoring", "update", "step"), times or (), strict=False))
     return {
@@ -135,6 +146,21 @@ def cpu_rows():
                 sampling_row("Hugging Face path", ms[1], peer=True, **at),
                 sampling_row("yardstick: two logsumexp (no draw)", ms[2], peer=True, **at),
             ]
+    for V in (49_152, 151_936):
+        rows += [
+            loss_row("cpp, in place", 10.0, V=V, peak_mb=0.0),
+            loss_row("cpp", 20.0, V=V, peak_mb=58.0),
+            loss_row("eager", 160.0, V=V, peak_mb=290.0),
+            loss_row("torch log_softmax (no entropy)", 30.0, V=V, peer=True),
+            loss_row("torch.compile", 25.0, V=V, peer=True),
+        ]
+    rows += [
+        *(loss_row(f"{path}, {who}", ms, table="step", V=49_152)
+          for path, who, ms in (("logits", "cpp", 100.0), ("logits", "eager", 210.0),
+                                ("chunks", "cpp", 70.0), ("chunks", "eager", 300.0))),
+        loss_memory_row("cpp", 600.0), loss_memory_row("eager", 16_000.0),
+        loss_memory_row("matmul + cpp, in place", 2_900.0),
+    ]  # fmt: skip
     return [*rows, memory_row(0.5), memory_row(2.5, logits="N(0, 1)", filters="top-p 0.9")]
 
 
