@@ -15,8 +15,9 @@ one run, behind its gate; contenders take turns.
   ema      the average of 135 million weights
   memory   what a loss from hidden states takes beyond its inputs, in a fresh process each
 
-Tables show each target and whether it is met. The standing run takes about 6 minutes on 2 cores, and
-13 GB for what eager needs; with less memory that is measured with fewer tokens. Exit status: 0; 1 if ours is wrong; 2 for bad input.
+Tables show each target and whether it is met. The standing run takes about 6 minutes on 2 cores,
+and 13 GB for what eager needs; with less memory that is measured with fewer tokens. Exit status: 0;
+1 if ours is wrong; 2 for bad input.
 """
 
 import argparse
