@@ -62,8 +62,11 @@ class _PairwisePGLoss(torch.autograd.Function):
         ctx.save_for_backward(logits, ref_logits, ids, mask, lse, ref_lse, coef, kl)
         ctx.settings = settings
         ctx.inplace, ctx.weight = inplace, weight
-        empty = logprobs.new_empty(0)
-        results = (logprobs, refs if exact else empty, entropy, empty if kl is None else kl)
+        # one empty tensor in two places would break torch.compile
+        results = [
+            logprobs.new_empty(0) if x is None else x
+            for x in (logprobs, refs if exact else None, entropy, kl)
+        ]
         ctx.mark_non_differentiable(*results)
         return loss, *results
 
