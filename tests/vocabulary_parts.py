@@ -119,6 +119,22 @@ def judge(op: str, arguments: dict, some: slice, group, backend: str) -> None:
             compare("the gradient in place", leaf, x, leaf.dtype)
 
 
+def infinite(some: slice, backend: str) -> None:
+    """The reference alone bans an id, or all of a part: no gradient is asked of it."""
+    given = rows(torch.float32)
+    start = SIZES[0]
+    # where nothing else is infinite
+    given["ref_logits"][0, 2, start + 3] = -torch.inf
+    given["ref_logits"][1, 1, start:] = -torch.inf
+    given["ref_logits"][1, 2, :start] = -torch.inf
+    want = nk.token_kl(**given, backend="eager")
+    assert want.kl.isinf().tolist() == [[False, False, True], [False, True, True]]
+    part = {name: x[..., some] if "logits" in name else x for name, x in given.items()}
+    got = nk.token_kl(**part, group=dist.group.WORLD, backend=backend)
+    for name, x, y in zip(got._fields, got, want, strict=True):
+        compare(f"{name} where the reference bans", x, y, torch.float32)
+
+
 def refusals(rank: int, some: slice, backend: str) -> None:
     """What a group does not go with, in one line that names the op."""
     given = rows(torch.float32)
@@ -160,6 +176,7 @@ def main(rank: int, file: str, backend: str, few: bool) -> None:
             judge(op, arguments, some, dist.group.WORLD, backend)
         except AssertionError as error:
             raise AssertionError(f"{op}, {what}, rank {rank}: {error}") from error
+    infinite(some, backend)
     # once is enough, and dynamo takes seconds
     if backend == "cpp":
         refusals(rank, some, backend)

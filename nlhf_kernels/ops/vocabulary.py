@@ -95,12 +95,15 @@ def whole_kl(
     lses, ref_lses, here, chosen, ref_chosen, entropies, kls = _gathered(part.group, *mine)
     total, shares, logs = _shares(lses)
     ref_total, _, ref_logs = _shares(ref_lses)
+    # a part that the reference alone bans makes no number of its own
+    banned = (ref_logs == -torch.inf) & (shares > 0)
+    kls = torch.where(banned, torch.inf, kls + logs - ref_logs)
     return _cut(
         mask,
         _chosen(here, chosen, logs),
         _chosen(here, ref_chosen, ref_logs),
         _sum(shares, entropies - logs),
-        _sum(shares, kls + logs - ref_logs),
+        _sum(shares, kls),
         total,
         ref_total,
     )
