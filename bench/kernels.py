@@ -14,8 +14,10 @@ import torch
 from bench import yardsticks
 from nlhf_kernels.backends.triton import (
     common,
+    ema_update,
     linear_mixture_sample,
     mixture_sample,
+    pair_loss,
     pairwise_pg_loss,
     token_rows,
 )
@@ -26,18 +28,20 @@ HEADS = tuple(
     f"{model}_{x}_ptr" for model in ("policy", "ref") for x in ("hidden", "weight", "bias")
 )
 INTEGERS = (
-    "tokens_ptr", "seed_rows_ptr", "position_rows_ptr", "top_k_rows_ptr", "cu_seqlens_ptr"
+    "tokens_ptr", "seed_rows_ptr", "position_rows_ptr", "top_k_rows_ptr", "cu_seqlens_ptr",
+    "table_ptr", "seed_ptr",
 )  # fmt: skip
+PAIR_WEIGHTS = tuple(f"weight{j}" for j in range(pair_loss.MOST_ANCHORS))
 FLOATS = (
     "temperature", "softcap", "scale", "offset", "rate", "slope", "coef", "baseline", "top_p",
-    "min_p",
+    "min_p", "decay", *PAIR_WEIGHTS,
 )  # fmt: skip
 # the values that the launches leave out of the specialisation, or that no hint would fit
 PLAIN = (
     "length", "batch", "tiles", "spans", "seed_low", "seed_high", "position", "seed", "top_k",
-    "first_row", "rows",
+    "first_row", "rows", "pairs",
 )  # fmt: skip
-COUNTERS = ("winner_ptr", "arrived_ptr", "lanes_ptr")
+COUNTERS = ("winner_ptr", "arrived_ptr", "lanes_ptr", "owners_ptr")
 
 NO_MASK = {"mask_ptr": None}
 NO_ENTROPY = {"entropy_ptr": None, "grad_entropy_ptr": None}
@@ -46,10 +50,10 @@ NO_DRAW_ROWS = {**NO_ROWS, "seed_rows_ptr": None, "position_rows_ptr": None}
 NO_FILTER_ROWS = {"top_k_rows_ptr": None, "top_p_rows_ptr": None, "min_p_rows_ptr": None}
 NO_REF = {"ref_ptr": None}
 # without a soft cap, and without a reference
-READ = {"LANES": token_rows.LANES, "PARTS": token_rows.PARTS, "SOFTCAP": False}
-READ_ONE = {**READ, **NO_REF, "ref_logprobs_ptr": None, "kl_ptr": None, "ref_lse_ptr": None}
-BLOCK = {"BLOCK": token_rows.BLOCK, "SOFTCAP": False}
-BLOCK_ONE = {**BLOCK, **NO_REF, "ref_lse_ptr": None, "kl_ptr": None, "grad_kl_ptr": None}
+ROW = {"BLOCK": token_rows.BLOCK, "SOFTCAP": False}
+ROW_ONE = {**ROW, **NO_REF, "kl_ptr": None, "ref_lse_ptr": None}
+READ_ONE = {**ROW_ONE, "ref_logprobs_ptr": None}
+WRITE_ONE = {**ROW_ONE, "grad_kl_ptr": None}
 TILE = common.TILE.value
 # of a row of 152 thousand ids
 TILES = 256
@@ -62,7 +66,7 @@ SPAN = linear_mixture_sample.BLOCK_V
 class Variant:
     constants: dict
     # of the dtype of the row: read and written for one element
-    values: int
+    values: float
     # other bytes of an element
     more: float = 0
     loops: int = 0
@@ -72,6 +76,8 @@ class Variant:
     options: dict | None = None
     block: int | None = None
     dtypes: tuple[str, ...] = ()
+    # of arguments that have not the dtype of the row
+    types: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,9 +116,18 @@ class Kernel:
         return self.block / self.threads
 
 
+NO_NUMBERS = {"decay_ptr": None, "seed_ptr": None}
 NO_SPAN_ROWS = {k: None for k in NO_DRAW_ROWS if k != "coef_rows_ptr"}
 NO_REF_HEAD = {"ref_hidden_ptr": None, "ref_weight_ptr": None, "ref_bias_ptr": None}
 ONE_HEAD = {"ref_weight_ptr": None, "policy_bias_ptr": None, "ref_bias_ptr": None, **NO_DRAW_ROWS}
+
+
+def _ema_variant(ema: str, param: str, stochastic: bool, **more) -> Variant:
+    """Averages and parameters of one dtype each; the two numbers come from the device, or not."""
+    codes = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
+    kind = 4 * codes[ema] + codes[param]
+    constants = {"PRESENT": 1 << kind, "STOCHASTIC": stochastic, "BLOCK": ema_update.BLOCK}
+    return Variant(constants | NO_NUMBERS, dtypes=(ema,), **more)
 
 
 def _span_variant(rows: int, itemsize: int, without: dict) -> Variant:
@@ -137,12 +152,12 @@ KERNELS = {
         token_rows.ROW_OPTIONS,
         load_bits=128,
         registers=96,
-        block=token_rows.LANES * token_rows.PARTS,
+        block=token_rows.BLOCK,
         variants={
             "plain": Variant({**READ_ONE, **NO_MASK}, values=1, loops=4, rare=3),
             "mask+softcap": Variant({**READ_ONE, "SOFTCAP": True}, values=1, loops=4, rare=3),
-            "kl": Variant(READ, values=2, loops=5, rare=4),
-            "kl+softcap": Variant({**READ, "SOFTCAP": True}, values=2, loops=5, rare=4),
+            "kl": Variant(ROW, values=2, loops=5, rare=4),
+            "kl+softcap": Variant({**ROW, "SOFTCAP": True}, values=2, loops=5, rare=4),
         },
     ),
     # a program is one block: a logit is read, its gradient written
@@ -153,12 +168,18 @@ KERNELS = {
         registers=112,
         block=token_rows.BLOCK,
         variants={
-            "entropy": Variant({**BLOCK_ONE, **NO_MASK}, values=2),
-            "mask": Variant({**BLOCK_ONE, **NO_ENTROPY}, values=2),
-            "mask+softcap": Variant({**BLOCK_ONE, **NO_ENTROPY, "SOFTCAP": True}, values=2),
-            "kl": Variant({**BLOCK, **NO_ENTROPY}, values=3),
-            "kl+entropy": Variant(BLOCK, values=3),
-            "kl+softcap": Variant({**BLOCK, **NO_ENTROPY, "SOFTCAP": True}, values=3),
+            "entropy": Variant({**WRITE_ONE, **NO_MASK}, values=2),
+            "mask": Variant({**WRITE_ONE, **NO_ENTROPY}, values=2),
+            "mask+softcap": Variant({**WRITE_ONE, **NO_ENTROPY, "SOFTCAP": True}, values=2),
+            "to bfloat16": Variant(
+                {**WRITE_ONE, **NO_ENTROPY},
+                values=1.5,
+                dtypes=("float32",),
+                types=(("grad_ptr", "*bf16"),),
+            ),
+            "kl": Variant({**ROW, **NO_ENTROPY}, values=3),
+            "kl+entropy": Variant(ROW, values=3),
+            "kl+softcap": Variant({**ROW, **NO_ENTROPY, "SOFTCAP": True}, values=3),
         },
     ),
     # an element is a token: its log-probability, its cost and a mask are read, its coefficient
@@ -263,6 +284,48 @@ KERNELS = {
         dtypes=("float32", "bfloat16"),
         floats="fp32",
     ),
+    # one program has all pairs, which are few: their sum needs no second launch
+    "pair_kernel": Kernel(
+        pair_loss.pair_kernel,
+        pair_loss.OPTIONS,
+        load_bits=32,
+        registers=128,
+        block=pair_loss.STEP,
+        variants={
+            "label": Variant(
+                {
+                    "ANCHORS": 2,
+                    "FORM": pair_loss.LABEL.value,
+                    "STEP": pair_loss.STEP,
+                    "other_preference_ptr": None,
+                },
+                values=10,
+                loops=1,
+            ),
+            "logistic": Variant(
+                {"ANCHORS": 1, "FORM": pair_loss.LOGISTIC.value, "STEP": pair_loss.STEP},
+                values=9,
+                loops=1,
+            ),
+        },
+        dtypes=("float32", "float64"),
+    ),
+    # an element is one of a weight and of its average. Both ways of a branch are counted, that of
+    # the last block of a tensor too
+    "ema_kernel": Kernel(
+        ema_update.ema_kernel,
+        ema_update.OPTIONS,
+        load_bits=128,
+        registers=128,
+        block=ema_update.BLOCK,
+        variants={
+            "float32": _ema_variant("float32", "float32", False, values=3),
+            "bfloat16": _ema_variant("bfloat16", "bfloat16", False, values=3),
+            "master": _ema_variant("float32", "bfloat16", False, values=2, more=2),
+            "stochastic": _ema_variant("bfloat16", "bfloat16", True, values=3),
+            "float64": _ema_variant("float64", "float64", False, values=3),
+        },
+    ),
 }
 
 
@@ -276,7 +339,7 @@ def signature(kernel: Kernel, variant: Variant, dtype: str) -> tuple[dict, dict,
             types[name] = "constexpr"
             continue
         if name in LOGITS + HEADS:
-            types[name] = f"*{dtype}"
+            types[name] = dict(variant.types).get(name, f"*{dtype}")
         elif name in INTEGERS:
             types[name] = "*i64"
         elif name in COUNTERS:

@@ -2,11 +2,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "common/philox.h"
+#include "cpu/ema_update.h"
 #include "cpu/ops.h"
+#include "cpu/pair_loss.h"
 #include "cpu/skinny_linear.h"
 #include "cpu/tile_level.h"
 
@@ -46,6 +50,48 @@ KlSum kl_sum(const std::string& name) {
       "pairwise_pg_loss: kl must be \"reward_to_go\", \"exact\", \"sequence\" or \"token\", got "
       "\"" +
       name + "\"; choose one of these");
+}
+
+PairForm pair_form(const std::string& name) {
+  if (name == "label") return PairForm::label;
+  if (name == "difference") return PairForm::difference;
+  if (name == "response") return PairForm::response;
+  if (name == "logistic") return PairForm::logistic;
+  throw std::invalid_argument("pair_loss: there is no form \"" + name + "\"");
+}
+
+template <class S>
+void bind_pair_loss(py::module_ m) {
+  m.def(
+      "pair_loss",
+      [](Address logprobs, Address other_logprobs, Address anchor_logprobs,
+         Address other_anchor_logprobs, Address preference, Address other_preference,
+         const std::vector<double>& weights, int64_t pairs, const std::string& form, double scale,
+         Address loss, Address margins, Address grad, Address other_grad) {
+        pair_loss<S>({at<S>(logprobs), at<S>(other_logprobs), at<S>(anchor_logprobs),
+                      at<S>(other_anchor_logprobs), at<S>(preference), at<S>(other_preference),
+                      weights.data(), static_cast<int64_t>(weights.size()), pairs, pair_form(form),
+                      static_cast<S>(scale)},
+                     {at<S>(loss), at<S>(margins), at<S>(grad), at<S>(other_grad)});
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+// ema, param, size, dtypes of both
+using EmaArg = std::tuple<Address, Address, int64_t, int, int>;
+
+void bind_ema_update(py::module_ m) {
+  m.def(
+      "ema_update",
+      [](const std::vector<EmaArg>& arguments, double decay, std::optional<int64_t> seed) {
+        std::vector<EmaTensor> tensors;
+        for (const auto& [ema, param, size, ema_dtype, param_dtype] : arguments) {
+          tensors.push_back({at<char>(ema), at<char>(param), size, static_cast<DType>(ema_dtype),
+                             static_cast<DType>(param_dtype)});
+        }
+        ema_update(tensors, decay, seed ? &*seed : nullptr);
+      },
+      py::call_guard<py::gil_scoped_release>());
 }
 
 // One submodule per statistics dtype.
@@ -147,6 +193,9 @@ PYBIND11_MODULE(_native, m) {
 
   bind_ops<float>(m.def_submodule("float32"));
   bind_ops<double>(m.def_submodule("float64"));
+  bind_pair_loss<float>(m.attr("float32"));
+  bind_pair_loss<double>(m.attr("float64"));
+  bind_ema_update(m);
 
   m.def(
       "skinny_linear",

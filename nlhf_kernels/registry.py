@@ -27,6 +27,8 @@ OPS = (
 )
 # not of logits: a layer of the model, on the CPU only
 LAYERS = ("skinny_linear",)
+# of numbers per response, and of weights
+UPDATES = ("pair_loss", "ema_update_")
 
 # raw op -> backend -> "module:function"; eager is called straight and has no raw op
 _NATIVE, _TRITON = "nlhf_kernels.backends.native", "nlhf_kernels.backends.triton"
@@ -60,6 +62,14 @@ _PATHS = {
         "triton": f"{_TRITON}.pairwise_pg_loss:pairwise_pg_coef_fwd",
     },
     "skinny_linear_fwd": {"cpp": f"{_NATIVE}:skinny_linear_fwd"},
+    "pair_loss_fwd": {
+        "cpp": f"{_NATIVE}:pair_loss_fwd",
+        "triton": f"{_TRITON}.pair_loss:pair_loss_fwd",
+    },
+    "ema_update__fwd": {
+        "cpp": f"{_NATIVE}:ema_update__fwd",
+        "triton": f"{_TRITON}.ema_update:ema_update__fwd",
+    },
 }
 # op -> whose backends serve it: after a matrix product, where they have no kernel for it; a loss is
 # statistics, coefficients and gradients
@@ -99,8 +109,8 @@ def reason(op: str, backend: str, device: str, features: tuple[str, ...] = ()) -
         return f"it is unknown: choose one of {', '.join(BACKENDS)}"
     if backend == "eager":
         return ""
-    op = _THROUGH.get(op, op)
-    if backend not in _PATHS[f"{op}_fwd"]:
+    served = _THROUGH.get(op, op)
+    if backend not in _PATHS[f"{served}_fwd"]:
         return f"{op} has no {backend} implementation"
     if backend in _ABSENT:
         return _ABSENT[backend]
@@ -110,7 +120,7 @@ def reason(op: str, backend: str, device: str, features: tuple[str, ...] = ()) -
         return "on the CPU it runs only in the interpreter: set TRITON_INTERPRET=1 before the start"
     if backend == "triton" and device != "cpu" and _INTERPRETED:
         return "TRITON_INTERPRET=1 is set, which is for the CPU: unset it to run on a GPU"
-    lacks = _LACKS.get(op, {}).get(backend, {})
+    lacks = _LACKS.get(served, {}).get(backend, {})
     return next((lacks[feature] for feature in features if feature in lacks), "")
 
 
@@ -176,7 +186,7 @@ def table() -> list[tuple[str, str, str, str]]:
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     return [
         (op, backend, device, reason(op, backend, device))
-        for op in (*OPS, *LAYERS)
+        for op in (*OPS, *LAYERS, *UPDATES)
         for backend in BACKENDS
         for device in devices
     ]

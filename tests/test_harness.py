@@ -18,10 +18,12 @@ from nlhf_kernels.testing.compare import (
     poisoned_memory,
 )
 from nlhf_kernels.testing.gradients import oracle
-from tests import wrong_kernels
+from tests import wrong_chunks, wrong_kernels
+from tests.conftest import why_not
 from tests.wrong_kernels import Kernels
 
 PLANTED = [(op, bug) for op, bugs in wrong_kernels.BUGS.items() for bug in bugs]
+IN_CHUNKS = [(op, bug) for op, bugs in wrong_chunks.BUGS.items() for bug in bugs]
 LOSSES = [case for op in OPS if op not in SAMPLERS for case in OPS[op].tests]
 
 
@@ -49,10 +51,18 @@ def test_a_planted_bug_is_rejected_by_its_own_logprobs(bug, plant):
     assert next(found, None), "every case accepts it"
 
 
+@pytest.mark.parametrize(("of", "bug"), IN_CHUNKS, ids=lambda x: x)
+def test_a_bug_of_the_chunks_is_rejected(of, bug, monkeypatch):
+    """Around right kernels, which are the fastest here."""
+    if why := why_not("cpp"):
+        pytest.skip(f"cpp: {why}")
+    wrong_chunks.plant(monkeypatch, bug)
+    assert next(rejections(of, "cpp"), None), "every case accepts it"
+
+
 def test_every_op_has_bugs_to_reject():
-    assert {op: len(bugs) > 10 for op, bugs in wrong_kernels.BUGS.items()} == dict.fromkeys(
-        OPS, True
-    )
+    for op in OPS:
+        assert len(wrong_kernels.BUGS[op]) + len(wrong_chunks.BUGS.get(op, ())) > 10, op
 
 
 def cast(x):

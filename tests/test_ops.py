@@ -373,6 +373,30 @@ def test_compiles_other_layouts(kind, target):
         compare(f"output {i}", x, y, y.dtype)
 
 
+@pytest.mark.parametrize(
+    ("of", "kind"),
+    [
+        *itertools.product(
+            ("pairwise_pg_loss", "linear_pairwise_pg_loss"),
+            ("no reference", "exact, packed, soft-capped", "exact, f64 reference"),
+        ),
+        ("pairwise_pg_loss", "two anchors"),
+        ("linear_pairwise_pg_loss", "sequence sums, two anchors"),
+        ("linear_token_kl", "one head for both"),
+        ("linear_token_logprobs", "masked, two chunks"),
+    ],
+)
+def test_compiles_whatever_is_given(of, kind):
+    """On the backend that is chosen: which tensors there are is what a graph depends on."""
+    torch._dynamo.reset()
+    case = next(c for c in OPS[of].tests if c.why == kind)
+    function = torch.compile(getattr(nk, of), fullgraph=True, backend="aot_eager")
+    args, kwargs = case.inputs()
+    got, want = run(of, args, kwargs, "", function), run(of, args, kwargs, "")
+    for i, (x, y) in enumerate(zip(got, want, strict=True)):
+        compare(f"output {i}", x, y, y.dtype)
+
+
 def test_new_seeds_and_tensors_do_not_recompile(target):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

@@ -130,6 +130,42 @@ def test_softcap(dtype, tolerance):
     torch.testing.assert_close(slope, 1 - tanh**2, **close)
 
 
+def test_rows_that_outgrow_their_anchor():
+    """Nothing finite in the first ids, or all mass beyond them: such rows are read again."""
+    ramp = torch.linspace(-100, 100, 4500)
+    gap = torch.randn(4500)
+    gap[:4400] = -torch.inf
+    logits = torch.stack([ramp, ramp.flip(0), gap])
+    ref_logits = torch.stack([ramp.flip(0) / 50, ramp, gap + torch.randn(4500)])
+    tokens = torch.tensor([3, 4400, 4450])
+    logprobs, ref_logprobs, _, kl, lse, ref_lse = token_rows.row_statistics(
+        logits.to(DEVICE), ref_logits.to(DEVICE), tokens.to(DEVICE), None, 0.5, 0.0
+    )
+    policy, ref = logits.double() / 0.5, ref_logits.double() / 0.5
+    p, log_p, log_q = policy.softmax(-1), policy.log_softmax(-1), ref.log_softmax(-1)
+    close = {"rtol": 1e-5, "atol": 5e-6, "check_dtype": False, "check_device": False}
+    torch.testing.assert_close(lse, policy.logsumexp(-1), **close)
+    torch.testing.assert_close(ref_lse, ref.logsumexp(-1), **close)
+    torch.testing.assert_close(kl, (p * (log_p - log_q)).nan_to_num().sum(-1), **close)
+    for got, want in (logprobs, log_p), (ref_logprobs, log_q):
+        torch.testing.assert_close(got, want.gather(-1, tokens[:, None])[:, 0], **close)
+
+
+def test_more_rows_than_an_axis_of_the_grid_takes(monkeypatch):
+    logits, tokens = torch.randn(7, 50, device=DEVICE), torch.arange(7, device=DEVICE)
+    _, entropy, lse = token_rows.row_statistics(logits, None, tokens, None, 1.0, 0.0)
+    found = []
+    for most in (token_rows.MOST_PROGRAMS, 3, 2):
+        monkeypatch.setattr(token_rows, "MOST_PROGRAMS", most)
+        grad = torch.full_like(logits, torch.nan)
+        token_rows.row_gradient(
+            grad, logits, None, tokens, None, lse, None, entropy, None, lse, lse, None, 1.0, 0.0
+        )
+        found.append(grad)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    torch.testing.assert_close(found[2], found[0], rtol=0, atol=0)
+
+
 def test_row_offsets_are_64_bit():
     """Rows further apart than 2^31 elements, without the memory: strides lie, offsets are read."""
     far = torch.empty_strided((2, 2, 3), (5 << 31, 3 << 31, 1), device="meta")

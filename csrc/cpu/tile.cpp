@@ -3,21 +3,71 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <type_traits>
+
+#include "common/simd.h"
+#include "cpu/tile_level.h"
 
 namespace nlhf {
 namespace {
 
-template <class T, class S>
-NLHF_CLONES void convert_in(const T* row, int64_t n, S* x) {
+namespace plain {
+
+template <class T>
+void convert_in(const T* row, int64_t n, float* x) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) x[i] = static_cast<S>(to_float(row[i]));
+  for (int64_t i = 0; i < n; ++i) x[i] = to_float(row[i]);
 }
 
 template <class T>
-NLHF_CLONES void convert_out(const float* x, int64_t n, T* row) {
+void convert_out(const float* x, int64_t n, T* row) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) from_float(x[i], row[i]);
+}
+
+}  // namespace plain
+
+#if defined(NLHF_X86_REGIONS)
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4")
+namespace avx512 {
+#include "cpu/eight_floats.inl"
+#include "cpu/lanes_avx512.inl"
+#include "cpu/tile.inl"
+}  // namespace avx512
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+namespace avx2 {
+#include "cpu/eight_floats.inl"
+#include "cpu/lanes_avx2.inl"
+#include "cpu/tile.inl"
+}  // namespace avx2
+#pragma GCC pop_options
+#endif
+
+template <class T>
+void convert_in(const T* row, int64_t n, float* x) {
+#if defined(NLHF_X86_REGIONS)
+  if (tile_level() == TileLevel::avx512) return avx512::convert_in(row, n, x);
+  if (tile_level() == TileLevel::avx2) return avx2::convert_in(row, n, x);
+#endif
+  plain::convert_in(row, n, x);
+}
+
+template <class T>
+void convert_out(const float* x, int64_t n, T* row) {
+#if defined(NLHF_X86_REGIONS)
+  if (tile_level() == TileLevel::avx512) return avx512::convert_out(x, n, row);
+  if (tile_level() == TileLevel::avx2) return avx2::convert_out(x, n, row);
+#endif
+  plain::convert_out(x, n, row);
+}
+
+// for a float64 reference next to a policy of fewer bits
+template <class T>
+void convert_in(const T* row, int64_t n, double* x) {
+  for (int64_t i = 0; i < n; ++i) x[i] = to_float(row[i]);
 }
 
 // Of the two floats around x the one whose last bit is odd: rounding it again, to fewer bits, gives
@@ -32,13 +82,7 @@ float to_odd(double x) {
 // for gradients whose statistics are those of a float64 reference
 template <class T>
 void convert_out(const double* x, int64_t n, T* row) {
-  for (int64_t i = 0; i < n; ++i) {
-    if constexpr (std::is_same_v<T, float>) {
-      row[i] = static_cast<float>(x[i]);
-    } else {
-      from_float(to_odd(x[i]), row[i]);
-    }
-  }
+  for (int64_t i = 0; i < n; ++i) from_float(to_odd(x[i]), row[i]);
 }
 
 template <class T>
@@ -60,8 +104,11 @@ void load(const char* row, DType dtype, int64_t start, int64_t n, S* x) {
       return convert_in(at<Float16>(row, start), n, x);
     case DType::bfloat16:
       return convert_in(at<BFloat16>(row, start), n, x);
-    case DType::float32:
-      return convert_in(at<float>(row, start), n, x);
+    case DType::float32: {
+      const float* from = at<float>(row, start);
+      std::copy(from, from + n, x);
+      return;
+    }
     case DType::float64:
       for (int64_t i = 0; i < n; ++i) x[i] = static_cast<S>(at<double>(row, start)[i]);
   }
@@ -74,8 +121,11 @@ void store(const S* x, int64_t n, char* row, DType dtype, int64_t start) {
       return convert_out(x, n, at<Float16>(row, start));
     case DType::bfloat16:
       return convert_out(x, n, at<BFloat16>(row, start));
-    case DType::float32:
-      return convert_out(x, n, at<float>(row, start));
+    case DType::float32: {
+      float* to = at<float>(row, start);
+      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(x[i]);
+      return;
+    }
     case DType::float64:
       std::copy(x, x + n, at<double>(row, start));
   }

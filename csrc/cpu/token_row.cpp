@@ -61,65 +61,40 @@ class RowReader {
   alignas(64) S x_[kTile];
 };
 
-// What is subtracted from a model's scores: the largest of the tiles that asked for it, so that no
+// What is subtracted from a model's logits: the largest of the tiles that asked for it, so that no
 // tile needs its own.
 template <class S>
-class Anchor {
- public:
-  explicit Anchor(S scale) : scale_(scale) {}
+struct Anchor {
+  S at = 0;
+  bool found = false;
 
-  bool found() const { return max_ != kNever<S>; }
-
-  // to the largest of x, if that is larger: returns the step down of all scores so far
+  // to the largest of x, if that is larger: returns the step down of all logits so far
   double raise(const S* x, int64_t n) {
     const S top = maximum(x, n);
-    if (!(top > max_)) return 0;
-    const double before = at();
+    if (found ? !(top > at) : top == kNever<S>) return 0;
     // before the first there is no power to step down
-    const bool first = !found();
-    max_ = top;
-    return first ? 0 : before - at();
+    const double step = found ? static_cast<double>(at) - top : 0;
+    at = top;
+    found = true;
+    return step;
   }
-
-  double at() const {
-    if (!found()) return 0;
-    return fits() ? max_ * scale_ : static_cast<double>(max_) * scale_;
-  }
-
-  // The tile and the anchor that the kernels take: a step of its own makes large scores small.
-  // buffer has room for a tile
-  const S* near(const S* x, int64_t n, S* buffer, S* anchor) const {
-    *anchor = 0;
-    if (!found()) return x;
-    if (fits()) {
-      *anchor = max_ * scale_;
-      return x;
-    }
-    for (int64_t i = 0; i < n; ++i) buffer[i] = x[i] - max_;
-    std::fill(buffer + n, buffer + rounded_up(n), kNever<S>);
-    return buffer;
-  }
-
- private:
-  bool fits() const { return std::fabs(max_ * scale_) <= token_kernels<S>().largest_anchor; }
-
-  S scale_, max_ = kNever<S>;
 };
 
 // The sums of token_tile.h over the tiles so far, relative to the anchors.
 template <class S>
 class RowSums {
  public:
-  explicit RowSums(S scale) : scale_(scale), policy_(scale), ref_(scale) {}
+  explicit RowSums(ScoreSettings<S> settings)
+      : scale_(score_scale(settings)), temperature_(settings.temperature) {}
 
   // y is null without a reference
   void add(const S* x, const S* y, int64_t n) {
-    if (!policy_.found()) policy_.raise(x, n);
-    if (y && !ref_.found()) ref_.raise(y, n);
+    if (!policy_.found) policy_.raise(x, n);
+    if (y && !ref_.found) ref_.raise(y, n);
     TokenKlSums<S> tile = sums(x, y, n);
     if (!(exact(tile.sum) && exact(tile.ref_sum))) {
-      if (!exact(tile.sum)) step_down(policy_.raise(x, n));
-      if (!exact(tile.ref_sum)) step_ref_down(ref_.raise(y, n));
+      if (!exact(tile.sum)) step_down(policy_.raise(x, n) * scale_);
+      if (!exact(tile.ref_sum)) step_ref_down(ref_.raise(y, n) * scale_);
       tile = sums(x, y, n);
     }
     sum_ += tile.sum;
@@ -130,14 +105,13 @@ class RowSums {
 
   TokenRow<S> row(S x, S y) const {
     const double log_sum = std::log2(sum_), ref_log_sum = std::log2(ref_sum_);
-    const double lse = policy_.at() + log_sum, ref_lse = ref_.at() + ref_log_sum;
     const auto natural = [](double value) { return static_cast<S>(kLn2 * value); };
     TokenRow<S> out;
-    out.logprob = natural(static_cast<double>(x) * scale_ - lse);
+    out.logprob = natural((static_cast<double>(x) - policy_.at) * scale_ - log_sum);
     out.entropy = natural(log_sum - weighted_ / sum_);
-    out.lse = natural(lse);
-    out.ref_logprob = natural(static_cast<double>(y) * scale_ - ref_lse);
-    out.ref_lse = natural(ref_lse);
+    out.lse = static_cast<S>(policy_.at / temperature_ + kLn2 * log_sum);
+    out.ref_logprob = natural((static_cast<double>(y) - ref_.at) * scale_ - ref_log_sum);
+    out.ref_lse = static_cast<S>(ref_.at / temperature_ + kLn2 * ref_log_sum);
     out.kl = natural(relative_ / sum_ - log_sum + ref_log_sum);
     return out;
   }
@@ -148,14 +122,8 @@ class RowSums {
 
   TokenKlSums<S> sums(const S* x, const S* y, int64_t n) const {
     const TokenKernels<S>& kernels = token_kernels<S>();
-    alignas(64) S x_buffer[kTile], y_buffer[kTile];
-    S anchor, ref_anchor;
-    x = policy_.near(x, n, x_buffer, &anchor);
-    if (y) {
-      y = ref_.near(y, n, y_buffer, &ref_anchor);
-      return kernels.kl_sums(x, y, n, scale_, anchor, ref_anchor);
-    }
-    const TokenSums<S> policy = kernels.sums(x, n, scale_, anchor);
+    if (y) return kernels.kl_sums(x, y, n, scale_, policy_.at, ref_.at);
+    const TokenSums<S> policy = kernels.sums(x, n, scale_, policy_.at);
     return {policy.sum, policy.weighted, 0, 0};
   }
 
@@ -176,6 +144,7 @@ class RowSums {
   }
 
   S scale_;
+  double temperature_;
   Anchor<S> policy_, ref_;
   double sum_ = 0, weighted_ = 0, ref_sum_ = 0, relative_ = 0;
 };
@@ -189,7 +158,7 @@ struct Normaliser {
 
   Normaliser(S lse, double temperature) {
     const double log2 = lse * kLog2E;
-    if (std::fabs(log2) <= token_kernels<S>().largest_anchor) {
+    if (std::fabs(log2) <= token_kernels<S>().largest_base) {
       from_scores = static_cast<S>(log2);
       rest = log2 - from_scores;
     } else {
@@ -248,7 +217,7 @@ template <class S>
 TokenRow<S> token_row(const ModelRows& rows, int64_t token, ScoreSettings<S> settings) {
   RowReader<S> policy(rows.policy, rows.policy_dtype, settings.softcap);
   RowReader<S> ref(rows.ref, rows.ref_dtype, settings.softcap);
-  RowSums<S> sums(score_scale(settings));
+  RowSums<S> sums(settings);
   for (int64_t start = 0; start < rows.vocab; start += kTile) {
     const int64_t n = std::min(kTile, rows.vocab - start);
     sums.add(policy.read(start, n), rows.ref ? ref.read(start, n) : nullptr, n);

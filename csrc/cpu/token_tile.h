@@ -11,13 +11,13 @@ namespace nlhf {
 // Kernels go over multiples of it; up to the next one, what lies beyond a row's end is -inf.
 constexpr int64_t kStep = 16;
 
-// Sums over a tile: e = 2^t with t = x * scale - anchor, where 0 * -inf is 0.
+// Sums over a tile: e = 2^t with t = (x - anchor) * scale, where 0 * -inf is 0.
 template <class S>
 struct TokenSums {
   S sum, weighted;  // e, e * t
 };
 
-// With the reference: also u = y * scale - ref_anchor.
+// With the reference: also u = (y - ref_anchor) * scale.
 template <class S>
 struct TokenKlSums {
   S sum, weighted, ref_sum, relative;  // e, e * t, 2^u, e * (t - u)
@@ -33,8 +33,8 @@ struct TokenGradient {
 
 template <class S>
 struct TokenKernels {
-  // beyond it, and below its negative, what is subtracted from scores would cost them digits
-  S largest_anchor;
+  // what the gradient subtracts from scores, if it is larger, costs them digits
+  S largest_base;
   // n is rounded up to kStep. A sum that is not below 2^14 is NaN or inf, or has lost digits to its
   // anchor
   TokenSums<S> (*sums)(const S* x, int64_t n, S scale, S anchor);

@@ -16,12 +16,12 @@ struct TokenTile {
   }
 
   static TokenSums<S> sums(const S* x, int64_t n, S scale, S anchor) {
-    const F factor = Lanes::all(scale), shift = Lanes::all(-anchor);
+    const F factor = Lanes::all(scale), top = Lanes::all(anchor);
     F sum = Lanes::all(0), weighted = sum;
     for (int64_t i = 0; i < n; i += kWidth) {
       // a tile ahead: the hardware stops at the end of a page
       __builtin_prefetch(x + i + kTile);
-      const F t = Lanes::multiply_add(Lanes::load(x + i), factor, shift);
+      const F t = Lanes::multiply(Lanes::subtract(Lanes::load(x + i), top), factor);
       const F e = Lanes::power(t);
       sum = Lanes::add(sum, e);
       weighted = Lanes::multiply_add(e, finite(t), weighted);
@@ -32,13 +32,13 @@ struct TokenTile {
   static TokenKlSums<S> kl_sums(const S* x, const S* y, int64_t n, S scale, S anchor,
                                 S ref_anchor) {
     const F factor = Lanes::all(scale);
-    const F shift = Lanes::all(-anchor), ref_shift = Lanes::all(-ref_anchor);
+    const F top = Lanes::all(anchor), ref_top = Lanes::all(ref_anchor);
     F sum = Lanes::all(0), weighted = sum, ref_sum = sum, relative = sum;
     for (int64_t i = 0; i < n; i += kWidth) {
       __builtin_prefetch(x + i + kTile);
       __builtin_prefetch(y + i + kTile);
-      const F t = Lanes::multiply_add(Lanes::load(x + i), factor, shift);
-      const F u = Lanes::multiply_add(Lanes::load(y + i), factor, ref_shift);
+      const F t = Lanes::multiply(Lanes::subtract(Lanes::load(x + i), top), factor);
+      const F u = Lanes::multiply(Lanes::subtract(Lanes::load(y + i), ref_top), factor);
       const F e = Lanes::power(t);
       sum = Lanes::add(sum, e);
       weighted = Lanes::multiply_add(e, finite(t), weighted);
@@ -66,9 +66,8 @@ struct TokenTile {
         const F u = Lanes::multiply_add(Lanes::load(y + i), factor, ref_shift);
         slope = Lanes::multiply_add(Lanes::subtract(t, u), by_ratio, slope);
       }
-      F value = Lanes::multiply(p, slope);
-      if constexpr (kScore || kRatio) value = unless_zero(p, value);
-      Lanes::store(out + i, value);
+      // 0 whatever the slope, which may be infinite
+      Lanes::store(out + i, unless_zero(p, Lanes::multiply(p, slope)));
     }
   }
 

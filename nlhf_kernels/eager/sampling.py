@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from nlhf_kernels.eager.logits import linear_logits, statistics_dtype
+from nlhf_kernels.eager.logits import linear_logits, statistics_dtype, whole_vocabulary
 from nlhf_kernels.noise import MASK32, fold_in, gumbel, philox, split
 
 TILE = 1024
@@ -32,6 +33,7 @@ def mixture_sample(
     position: int | Tensor,
     check: bool = False,
     extrapolate: bool = False,
+    group: ProcessGroup | None = None,
     backend: str = "",
 ) -> MixtureSample:
     """Draw one token per row from the geometric mixture of a policy and a reference policy.
@@ -55,6 +57,9 @@ def mixture_sample(
         position: int64, at least 0: how many tokens the row has generated (its low 32 bits count).
         check: look at the values of tensors (a host sync) and raise on a bad row or parameter.
         extrapolate: allow coefficients outside [0, 1] (contrastive decoding).
+        group: the ranks that share the vocabulary, each with the logits (B, V_rank) of its ids, in
+            the order of the ranks; all else is the same on each. Rows are gathered, and every rank
+            draws the same tokens. Not under torch.compile.
         backend: "", "eager", "cpp", "triton" or "cuda".
 
         ``mixture_coef``, ``temperature``, the filters, ``seed`` and ``position`` are scalars or
@@ -80,6 +85,8 @@ def mixture_sample(
     tile, stage, block).
     """
     with torch.no_grad():
+        policy_logits = whole_vocabulary(policy_logits, group)
+        ref_logits = None if ref_logits is None else whole_vocabulary(ref_logits, group)
         dtype = statistics_dtype(policy_logits, ref_logits)
         B = policy_logits.shape[0]
         device = policy_logits.device
@@ -148,6 +155,7 @@ def linear_mixture_sample(
     position: int | Tensor,
     check: bool = False,
     extrapolate: bool = False,
+    group: ProcessGroup | None = None,
     backend: str = "",
 ) -> MixtureSample:
     """The draw of ``mixture_sample`` from hidden states: the LM head is part of it.
@@ -168,6 +176,7 @@ def linear_mixture_sample(
         softcap: above 0 (at least 1e-30), for both models, before they are mixed; or ``None``.
         mixture_coef, temperature, top_k, top_p, min_p, seed, position, check, extrapolate, backend:
             as in ``mixture_sample``.
+        group: as there; each rank has the weights (V_rank, D) and biases of its ids.
 
     Returns:
         ``MixtureSample``, as ``mixture_sample`` gives it. No gradient.
@@ -199,6 +208,7 @@ def linear_mixture_sample(
             min_p=min_p,
             seed=seed,
             position=position,
+            group=group,
         )
 
 

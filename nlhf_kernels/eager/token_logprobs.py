@@ -102,7 +102,7 @@ def linear_token_logprobs(
         temperature, softcap, backend: as in ``token_logprobs``.
         logit_scale: what the model multiplies its logits with, before the soft cap.
         memory_budget: bytes for a chunk of logits. It decides how many tokens there are in one:
-            2,048 to 8,192 on a GPU, 128 to 4,096 on a CPU. ``None``: 3 GiB, on a CPU 256 MiB.
+            2,048 to 8,192 on a GPU, 128 to 4,096 on a CPU. ``None``: 3 GiB, on a CPU 64 MiB.
         group: the ranks that share the vocabulary, each with the weight (V_rank, D) of its ids, in
             the order of the ranks; all else, and results, are the same on each. Not under
             torch.compile.
@@ -138,7 +138,8 @@ def head_logits(
     """This rank's logits; hidden states under the mask are cut, or NaN comes back through them."""
     if keep is not None:
         hidden = torch.where(keep[..., None], hidden, 0)
-    hidden = SumOfGradients.apply(hidden, group)
+    # widened before: what the ranks add up to is rounded once
+    hidden = SumOfGradients.apply(hidden.to(dtype), group)
     # autocast would round them
     with torch.autocast(hidden.device.type, enabled=False):
         return linear_logits(hidden, weight, bias, softcap, dtype, logit_scale)

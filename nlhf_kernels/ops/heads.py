@@ -10,7 +10,7 @@ from nlhf_kernels.ops import common, vocabulary
 # tokens of a chunk: fewer, and adding to the gradient of the weights takes as long as the products
 FEWEST = {"cpu": 128, "cuda": 2048}
 MOST = {"cpu": 4096, "cuda": 8192}
-BUDGET = {"cpu": 2**28, "cuda": 3 * 2**30}
+BUDGET = {"cpu": 2**26, "cuda": 3 * 2**30}
 # ids whose 16-bit weights are widened at a time on the CPU, where a product would round its result
 _PIECE = 4096
 
@@ -38,12 +38,12 @@ class Head:
         self.hidden, self.weight, self.bias, self.scale, self.dtype = (
             hidden, weight, bias, scale, dtype,
         )  # fmt: skip
-        empty = hidden.new_empty(0, dtype=dtype)
-        likes = (hidden, weight, weight[:, 0])
-        self.grads = [
-            torch.zeros(x.shape, dtype=dtype, device=x.device) if want else empty
-            for x, want in zip(likes, wanted, strict=True)
-        ]
+        self.grads = list(fake_gradients(hidden, weight, dtype, wanted))
+        # rows under the mask have no chunk
+        self.grads[0].zero_()
+        self.grads[2].zero_()
+        # the first chunk writes the gradient of the weights, which is large
+        self._first = True
         self.wanted = wanted
         # tensor cores multiply 16 bits and add up 32
         self.narrow = hidden.is_cuda and weight.dtype != dtype and dtype == torch.float32
@@ -78,13 +78,24 @@ class Head:
         if to_hidden:
             flat = self.grads[0].view(-1, self.hidden.shape[-1])
             flat[places] = self._of_hidden(grad_logits)
-        if to_weight and self.narrow:
-            grad = self.grads[1]
-            torch.addmm(grad, grad_logits.T, rows, out_dtype=self.dtype, out=grad)
-        elif to_weight:
-            self.grads[1].addmm_(grad_logits.T, rows)
+        if to_weight:
+            grad, mixed = self.grads[1], {"out_dtype": self.dtype} if self.narrow else {}
+            if self._first:
+                torch.mm(grad_logits.T, rows, **mixed, out=grad)
+            else:
+                torch.addmm(grad, grad_logits.T, rows, **mixed, out=grad)
         if to_bias:
             self.grads[2] += grad_logits.sum(0, dtype=self.dtype)
+        self._first = False
+
+    def gradients(self, part: vocabulary.Part | None) -> tuple[Tensor, ...]:
+        """Of hidden states, weight and bias; empty where nobody wants them."""
+        if self._first:
+            self.grads[1].zero_()
+        if part is not None and self.wanted[0]:
+            # each rank has what its ids do to the hidden states
+            dist.all_reduce(self.grads[0], group=part.group)
+        return tuple(self.grads)
 
     def _of_hidden(self, grad_logits: Tensor) -> Tensor:
         if self.narrow:
@@ -166,14 +177,6 @@ class Chunks:
         return grad
 
 
-def gradients(head: Head, part: vocabulary.Part | None) -> tuple[Tensor, ...]:
-    """Of hidden states, weight and bias; empty where nobody wants them."""
-    if part is not None and head.wanted[0]:
-        # each rank has what its ids do to the hidden states
-        dist.all_reduce(head.grads[0], group=part.group)
-    return tuple(head.grads)
-
-
 def fake_gradients(hidden: Tensor, weight: Tensor, dtype: torch.dtype, wanted) -> tuple:
     likes = zip((hidden, weight, weight[:, 0]), wanted, strict=True)
     return tuple(x.new_empty(x.shape if want else 0, dtype=dtype) for x, want in likes)
@@ -182,6 +185,18 @@ def fake_gradients(hidden: Tensor, weight: Tensor, dtype: torch.dtype, wanted) -
 def rounded(grads: tuple[Tensor, ...], wanted, dtype: torch.dtype) -> list[Tensor | None]:
     """As autograd wants them."""
     return [g.to(dtype) if want else None for g, want in zip(grads, wanted, strict=True)]
+
+
+def scaled(
+    grads: tuple[Tensor, ...], wanted, by: Tensor, dtype: torch.dtype
+) -> list[Tensor | None]:
+    """Times the incoming gradient, in one rounding."""
+    if by.is_cpu and not torch.compiler.is_compiling() and by == 1:
+        return rounded(grads, wanted, dtype)
+    return [
+        torch.mul(g, by, out=torch.empty_like(g, dtype=dtype)) if want else None
+        for g, want in zip(grads, wanted, strict=True)
+    ]
 
 
 def wanted(*leaves: Tensor | None) -> tuple[bool, ...]:

@@ -149,7 +149,7 @@ def _forward(
 
     per_token = [hidden.new_empty(0, dtype=dtype) if x is None else spread(x)
                  for x in (state.logprobs, state.refs, state.entropy, state.kl)]  # fmt: skip
-    return loss, *per_token, *heads.gradients(head, part)
+    return loss, *per_token, *head.gradients(part)
 
 
 def _forward_fake(
@@ -192,8 +192,7 @@ class _LinearPairwisePGLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, *_):
-        made = [x * grad_loss for x in ctx.saved_tensors]
-        grads = heads.rounded(made, ctx.wanted, ctx.like)
+        grads = heads.scaled(ctx.saved_tensors, ctx.wanted, grad_loss, ctx.like)
         return None, None, *grads, *[None] * ctx.others
 
 

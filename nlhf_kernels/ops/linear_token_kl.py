@@ -63,7 +63,7 @@ def _backward(
             ids, *rest = (None if x is None else x.view(-1)[places] for x in per_token)
             arguments = (refs, chunks.ids(ids), None, *rest, temperature, softcap)
             head.backward(chunks.gradient("token_kl_bwd", logits, *arguments), rows, places)
-    return heads.gradients(head, part)
+    return head.gradients(part)
 
 
 def _backward_fake(hidden, weight, *arguments):

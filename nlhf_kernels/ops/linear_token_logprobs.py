@@ -50,7 +50,7 @@ def _backward(
             arguments = (chunks.ids(ids), None, *rest, temperature, softcap)
             grad = chunks.gradient("token_logprobs_bwd", logits, *arguments)
             head.backward(grad, rows, places)
-    return heads.gradients(head, part)
+    return head.gradients(part)
 
 
 def _backward_fake(hidden, weight, bias, tokens, mask, lse, *arguments):

@@ -62,8 +62,9 @@ class _PairwisePGLoss(torch.autograd.Function):
         ctx.save_for_backward(logits, ref_logits, ids, mask, lse, ref_lse, coef, kl)
         ctx.settings = settings
         ctx.inplace, ctx.weight = inplace, weight
-        empty = logprobs.new_empty(0)
-        results = (logprobs, refs if exact else empty, entropy, empty if kl is None else kl)
+        # two, as torch.compile cannot trace one tensor that is returned twice
+        refs = refs if exact else logprobs.new_empty(0)
+        results = (logprobs, refs, entropy, logprobs.new_empty(0) if kl is None else kl)
         ctx.mark_non_differentiable(*results)
         return loss, *results
 
@@ -138,6 +139,9 @@ def pairwise_pg_loss(
     settings = (float(temperature), float(softcap or 0), backend)
     if ref_logits is not None and not exact:
         ids = tokens if part is None else part.ids(tokens)
+        if dtype == torch.float64:
+            # beside float64 a narrower reference counts as exact
+            ref_logits = ref_logits.to(dtype)
         found = torch.ops.nlhf.token_logprobs_fwd(ref_logits, ids, mask, *settings)
         ref_logprobs = vocabulary.whole(part, tokens, mask, *found)[0]
     refs = pg.prepared(ref_logprobs, mask, dtype)

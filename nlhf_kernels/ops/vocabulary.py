@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nlhf_kernels.eager.logits import vocabulary_sizes
+from nlhf_kernels.eager.logits import vocabulary_sizes, whole_vocabulary
 from nlhf_kernels.ops import common
-
 
 # a token of another part: kernels find no logit for it, and its log-probability has a gradient
 ELSEWHERE = -(2**62)
@@ -39,11 +38,23 @@ def part_of(
     """This rank's part; ``axis`` of ``logits``, or of a weight, is its ids. A collective call."""
     if group is None:
         return None
-    common.require(not torch.compiler.is_compiling(), op, "group cannot be used in torch.compile")
+    _check_group(op, group)
     rank = dist.get_rank(group)
-    common.require(rank >= 0, op, "group must be one that this process belongs to")
     sizes = vocabulary_sizes(logits.shape[axis], logits.device, group)
     return Part(group, sum(sizes[:rank]), sizes[rank], sum(sizes))
+
+
+def gathered(op: str, logits: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Rows of all ids, for an op that has no gradient. A collective call."""
+    _check_group(op, group)
+    return whole_vocabulary(logits.detach(), group)
+
+
+def _check_group(op: str, group: dist.ProcessGroup) -> None:
+    common.require(not torch.compiler.is_compiling(), op, "group cannot be used in torch.compile")
+    mine = isinstance(group, dist.ProcessGroup) and dist.get_rank(group) >= 0
+    got = common.describe(group)
+    common.require(mine, op, f"group must be a process group of this process, got {got}")
 
 
 def whole(
@@ -84,12 +95,15 @@ def whole_kl(
     lses, ref_lses, here, chosen, ref_chosen, entropies, kls = _gathered(part.group, *mine)
     total, shares, logs = _shares(lses)
     ref_total, _, ref_logs = _shares(ref_lses)
+    # a part that the reference alone bans makes no number of its own
+    banned = (ref_logs == -torch.inf) & (shares > 0)
+    kls = torch.where(banned, torch.inf, kls + logs - ref_logs)
     return _cut(
         mask,
         _chosen(here, chosen, logs),
         _chosen(here, ref_chosen, ref_logs),
         _sum(shares, entropies - logs),
-        _sum(shares, kls + logs - ref_logs),
+        _sum(shares, kls),
         total,
         ref_total,
     )

@@ -46,7 +46,7 @@ def _tokens(generator, batch, V, banned):
 
 def _linear_inputs(
     generator, device, case, layout="dense", bias=False, banned=False, masked=False, ref="none",
-    **kwargs,
+    ref_dtype=None, **kwargs,
 ):  # fmt: skip
     """(N, D, V) or (B, T, D, V); a reference for the KL: its own head, or the policy's."""
     *batch, D, V = case.shape
@@ -56,9 +56,10 @@ def _linear_inputs(
     refs = ()
     if ref != "none":
         width = D if ref == "shared" else D + 5
-        refs = (_rows(generator, (*batch, width), case.dtype, layout, device), None)
+        dtype = ref_dtype or case.dtype
+        refs = (_rows(generator, (*batch, width), dtype, layout, device), None)
         if ref == "own":
-            ref_weight, ref_bias = _head(generator, V, width, case.dtype, device, bias, False)
+            ref_weight, ref_bias = _head(generator, V, width, dtype, device, bias, False)
             refs = (refs[0], ref_weight)
             kwargs |= {} if ref_bias is None else {"ref_bias": ref_bias}
     if masked:
@@ -82,11 +83,12 @@ def _common(make) -> tuple[Case, ...]:
     return (
         make("ordinary: (B, T, D), strided", (2, 3, 7, 1030), layout="strided", temperature=0.7),
         make("three chunks", (300, 5, 70), **SMALL),
-        make("one token above a chunk", (129, 5, 70), **SMALL),
+        make("one token above a chunk", (129, 5, 70), bias=True, logit_scale=0.5, **SMALL),
         make("masked, two chunks", (5, 60, 6, 40), masked=True, layout="strided", **SMALL),
         make("bias, scale, soft cap", (5, 8, 70), bias=True, logit_scale=0.5, softcap=4.0),
         make("bias, scale, soft cap, bf16", (5, 8, 70), BF16, bias=True, logit_scale=0.25,
              softcap=30.0),
+        make("banned by a bias of -inf", (5, 8, 70), bias=True, banned=True),
         make("one column", (5, 1, 70)),
         make("no rows", (0, 5, 7)),
         make("bf16, more than a piece of the head", (9, 8, 4200), BF16),
@@ -95,13 +97,12 @@ def _common(make) -> tuple[Case, ...]:
     )  # fmt: skip
 
 
-_LOGPROBS_TESTS = (
-    *_common(_logprobs),
-    _logprobs("banned by a bias of -inf", (5, 8, 70), bias=True, banned=True),
-)
+_LOGPROBS_TESTS = _common(_logprobs)
 _KL_TESTS = (
     *_common(_kl),
     _kl("one head for both", (5, 8, 70), ref="shared", bias=True),
+    _kl("bf16 beside f32", (5, 8, 70), BF16, ref_dtype=F32, bias=True),
+    _kl("f32 beside f64", (5, 8, 70), ref_dtype=F64),
     _kl("one head, bf16, two chunks", (200, 8, 70), BF16, ref="shared", **SMALL),
 )
 
@@ -109,7 +110,9 @@ _KL_TESTS = (
 # ---- linear_pairwise_pg_loss
 
 
-def _pg_inputs(generator, device, case, layout="dense", bias=False, ref="logprobs", **options):
+def _pg_inputs(
+    generator, device, case, layout="dense", bias=False, ref="logprobs", ref_dtype=None, **options
+):
     """(B, T, D, V): ``pairwise_pg_loss``'s inputs, with hidden states for the logits."""
     *batch, D, V = case.shape
     if ref == "logits":
@@ -129,10 +132,11 @@ def _pg_inputs(generator, device, case, layout="dense", bias=False, ref="logprob
         kwargs["bias"] = offset
     if ref in ("own", "shared"):
         width = D if ref == "shared" else D + 5
-        kwargs["ref_hidden"] = _rows(generator, (*rows[:-1], width), case.dtype, layout, device)
+        dtype = ref_dtype or case.dtype
+        kwargs["ref_hidden"] = _rows(generator, (*rows[:-1], width), dtype, layout, device)
         kwargs["ref_hidden"][mask == 0] = math.nan
         if ref == "own":
-            ref_weight, ref_bias = _head(generator, V, width, case.dtype, device, bias, False)
+            ref_weight, ref_bias = _head(generator, V, width, dtype, device, bias, False)
             kwargs |= {"ref_weight": ref_weight} | (
                 {} if ref_bias is None else {"ref_bias": ref_bias}
             )
@@ -153,7 +157,8 @@ _PG_TESTS = (
     _pg("two chunks, sequence sums, packed, head of the reference", (2, 80, 5, 40),
         kl="sequence", packed=True, ref="own", **LONG),
     _pg("two chunks, token by token", (2, 80, 5, 40), kl="token", baseline=0.0, **LONG),
-    _pg("two chunks, exact", (2, 80, 5, 40), kl="exact", ref="own", **LONG),
+    _pg("two chunks, exact", (2, 80, 5, 40), kl="exact", ref="own", bias=True, logit_scale=0.5,
+        **LONG),
     _pg("exact, packed, soft-capped", (3, 5, 7, 50), kl="exact", ref="own", packed=True,
         softcap=5.0, temperature=0.7, bias=True, logit_scale=0.5),
     _pg("exact, one head", (3, 5, 7, 50), kl="exact", ref="shared", bias=True),
@@ -161,6 +166,14 @@ _PG_TESTS = (
     _pg("head of the reference", (3, 5, 7, 50), ref="own", bias=True, softcap=4.0),
     _pg("one head for both", (3, 5, 7, 50), ref="shared"),
     _pg("supplied", (3, 5, 7, 50), supplied=True),
+    _pg("sequence sums, supplied, head of the reference", (3, 5, 7, 50), kl="sequence",
+        supplied=True, ref="own"),
+    _pg("sequence sums, two anchors", (3, 5, 7, 50), kl="sequence", ref="two", tau=(0.1, 0.3)),
+    _pg("two anchors of no strength", (3, 5, 7, 50), ref="two", tau=(0.0, 0.0)),
+    _pg("exact, f64 reference", (3, 5, 7, 50), kl="exact", ref="own", ref_dtype=F64),
+    _pg("f64 beside bf16", (3, 5, 7, 50), F64, ref="own", ref_dtype=BF16),
+    _pg("bf16 beside f32, packed", (3, 5, 8, 50), BF16, kl="exact", ref="own", ref_dtype=F32,
+        packed=True),
     _pg("no reference", (3, 5, 7, 50), ref="none", tau=0.0),
     _pg("one token each", (3, 1, 7, 50), masked="none"),
     _pg("no sequences", (0, 5, 7, 50)),

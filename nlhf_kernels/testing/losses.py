@@ -267,6 +267,7 @@ _PG_TESTS = (
     _pg("exact, bf16, in place", (3, 5, 1029), BF16, ref="logits", kl="exact",
         inplace_backward=True),
     _pg("exact, f64 reference", (3, 5, 50), ref="logits", kl="exact", ref_dtype=F64),
+    _pg("f64 beside f16", (3, 5, 50), F64, ref="logits", ref_dtype=F16),
     _pg("exact, tau 0", (3, 5, 50), ref="logits", kl="exact", tau=0.0),
     _pg("log-probabilities of the rollout", (3, 5, 50), supplied=True),
     _pg("no reference", (3, 5, 50), ref="none", tau=0.0),

@@ -22,9 +22,7 @@ ELSEWHERE = tl.constexpr(-(2**62))
 # what the sum of a row, relative to its anchor, must stay below
 MANY = tl.constexpr(2.0**20)
 
-# ids that the program of a row reads at a time, 8 a thread, and how many times before it goes on
-LANES, PARTS = 1024, 2
-# ids of a program of the gradient, 16 a thread
+# ids that the program of a row reads at a time, and that one of the gradient has: 16 a thread
 BLOCK = 2048
 ROW_OPTIONS = {"num_warps": common.WARPS, "enable_fp_fusion": True}
 # of the second axis of a grid
@@ -72,8 +70,7 @@ def row_statistics(logits, ref_logits, tokens, mask, temperature, softcap):
             logits.shape[-1],
             *scaling(dtype, temperature, softcap),
             SOFTCAP=softcap != 0,
-            LANES=LANES,
-            PARTS=PARTS,
+            BLOCK=BLOCK,
             **ROW_OPTIONS,
         )
     if with_ref:
@@ -171,64 +168,82 @@ def score(y, scale, shift):
 
 
 @triton.jit
-def load_scores(
-    logits_ptr, ids, vocab, scale, shift, rate, SOFTCAP: tl.constexpr, WHOLE: tl.constexpr
-):
-    """``WHOLE``: no id lies outside. What lies outside is -inf."""
-    if WHOLE:
-        x = tl.load(logits_ptr + ids).to(shift.dtype)
-        return score(place_of(x, rate, SOFTCAP), scale, shift)
-    else:
-        x = tl.load(logits_ptr + ids, mask=ids < vocab, other=0).to(shift.dtype)
-        return tl.where(ids < vocab, score(place_of(x, rate, SOFTCAP), scale, shift), float("-inf"))
+def scores_of(x, scale, shift, rate, SOFTCAP: tl.constexpr):
+    return score(place_of(x.to(shift.dtype), rate, SOFTCAP), scale, shift)
 
 
 @triton.jit
-def add_block(
-    total, weighted, ref_total, apart, logits_ptr, ref_ptr, ids, vocab, scale, shift, ref_shift,
-    rate, SOFTCAP: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
+def load_scores(logits_ptr, ids, stop, scale, shift, rate, SOFTCAP: tl.constexpr):
+    """What does not come before ``stop`` is -inf."""
+    x = tl.load(logits_ptr + ids, mask=ids < stop, other=0)
+    return tl.where(ids < stop, scores_of(x, scale, shift, rate, SOFTCAP), float("-inf"))
+
+
+@triton.jit
+def folded(x):
+    """Sums of what a thread has side by side: fewer registers, and more rows at a time."""
+    WIDTH: tl.constexpr = 128 // x.dtype.primitive_bitwidth
+    return tl.sum(tl.reshape(x, (x.shape[0] // WIDTH, WIDTH)), 1)
+
+
+@triton.jit
+def add(total, weighted, ref_total, apart, t, u):
     """Sums per lane of e, e t, of ref's and of e (t - u): t, u the scores, e the power of t."""
-    t = load_scores(logits_ptr, ids, vocab, scale, shift, rate, SOFTCAP, WHOLE)
-    if ref_ptr is None:
-        e = tl.exp2(t)
-        return total + e, weighted + e * tl.maximum(t, NEVER), ref_total, apart
+    e = tl.exp2(t)
+    if u is None:
+        return (total + folded(e), weighted + folded(e * tl.maximum(t, NEVER)), ref_total, apart)
     else:
-        u = load_scores(ref_ptr, ids, vocab, scale, ref_shift, rate, SOFTCAP, WHOLE)
-        e = tl.exp2(t)
         # what has no probability counts nothing, and what ref alone leaves out is infinitely far
         never = e == 0
         return (
-            total + e,
-            weighted + e * tl.where(never, 0.0, t),
-            ref_total + tl.exp2(u),
-            apart + e * tl.where(never, 0.0, t - u),
+            total + folded(e),
+            weighted + folded(e * tl.where(never, 0.0, t)),
+            ref_total + folded(tl.exp2(u)),
+            apart + folded(e * tl.where(never, 0.0, t - u)),
         )
 
 
 @triton.jit
-def anchor_of(at_token, logits_ptr, ids, vocab, zero, scale, rate, SOFTCAP: tl.constexpr):
-    """The largest score of a row's first ids and its token, which is likely to have much mass."""
-    first = load_scores(logits_ptr, ids, vocab, scale, zero, rate, SOFTCAP, False)
-    return common.shift_of(tl.maximum(at_token, common.largest(first, 0)))
+def add_rest(
+    total, weighted, ref_total, apart, logits_ptr, ref_ptr, start, stop, scale, shift, ref_shift,
+    rate, SOFTCAP: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The sums with all ids from ``start`` to ``stop``."""
+    for first in range(start, stop, LANES):
+        ids = first + tl.arange(0, LANES)
+        t = load_scores(logits_ptr, ids, stop, scale, shift, rate, SOFTCAP)
+        u = None
+        if ref_ptr is not None:
+            u = load_scores(ref_ptr, ids, stop, scale, ref_shift, rate, SOFTCAP)
+        total, weighted, ref_total, apart = add(total, weighted, ref_total, apart, t, u)
+    return total, weighted, ref_total, apart
 
 
 @triton.jit
-def row_top(logits_ptr, lane, vocab, zero, scale, rate, SOFTCAP: tl.constexpr, LANES: tl.constexpr):
+def anchor_of(y, logits_ptr, ids, stop, zero, scale, rate, SOFTCAP: tl.constexpr):
+    """The largest score of a row's first ids and its token, which is likely to have much mass."""
+    first = load_scores(logits_ptr, ids, stop, scale, zero, rate, SOFTCAP)
+    top = score(y, scale, zero)
+    top = tl.where(top == top, top, float("-inf"))
+    return common.shift_of(tl.maximum(top, common.largest(first, 0)))
+
+
+@triton.jit
+def row_top(logits_ptr, stop, zero, scale, rate, SOFTCAP: tl.constexpr, LANES: tl.constexpr):
     """The largest score of a row."""
     top = tl.full((LANES,), float("-inf"), zero.dtype)
-    for start in range(0, vocab, LANES):
-        found = load_scores(logits_ptr, start + lane, vocab, scale, zero, rate, SOFTCAP, False)
-        top = tl.maximum(top, tl.where(found == found, found, float("-inf")))
+    for start in range(0, stop, LANES):
+        ids = start + tl.arange(0, LANES)
+        t = load_scores(logits_ptr, ids, stop, scale, zero, rate, SOFTCAP)
+        top = tl.maximum(top, tl.where(t == t, t, float("-inf")))
     return common.shift_of(common.largest(top, 0))
 
 
 @triton.jit
-def token_score(logits_ptr, token, known, zero, scale, rate, SOFTCAP: tl.constexpr):
-    """(score of the token, the place it is linear in); -inf for one outside of the vocabulary."""
-    x = tl.load(logits_ptr + tl.where(known, token, 0), mask=known, other=0).to(zero.dtype)
-    y = place_of(x, rate, SOFTCAP)
-    return tl.where(known, score(y, scale, zero), float("-inf")), y
+def token_place(logits_ptr, token, known, rate, dtype: tl.constexpr, SOFTCAP: tl.constexpr):
+    """What the score of the token is linear in; NaN for one outside of the vocabulary."""
+    x = tl.load(logits_ptr + tl.where(known, token, 0), mask=known, other=0).to(dtype)
+    return tl.where(known, place_of(x, rate, SOFTCAP), float("nan"))
 
 
 @triton.jit
@@ -264,8 +279,7 @@ def row_statistics_kernel(
     offset: tl.float64,
     rate: tl.float64,
     SOFTCAP: tl.constexpr,
-    LANES: tl.constexpr,
-    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One row per program, in one read: log-probability of its token, entropy, log-sum-exp, KL.
 
@@ -275,7 +289,6 @@ def row_statistics_kernel(
     dtype: tl.constexpr = lse_ptr.dtype.element_ty
     row = tl.program_id(0)
     scale = tl.full((), scale, tl.float64).to(dtype)
-    offset = tl.full((), offset, tl.float64).to(dtype)
     rate = tl.full((), rate, tl.float64).to(dtype)
     zero = tl.full((), 0.0, dtype)
     keep = True
@@ -287,47 +300,47 @@ def row_statistics_kernel(
     logits_ptr += common.row_offset(row, length, batch_stride, row_stride)
     token = tl.load(tokens_ptr + row, mask=keep, other=-1)
     known = (token >= 0) & (token < vocab)
+    # half as many numbers of twice the width
+    LANES: tl.constexpr = BLOCK * 32 // dtype.primitive_bitwidth
     lane = tl.arange(0, LANES)
 
-    top, y = token_score(logits_ptr, token, known, zero, scale, rate, SOFTCAP)
-    shift = anchor_of(top, logits_ptr, lane, stop, zero, scale, rate, SOFTCAP)
+    y = token_place(logits_ptr, token, known, rate, dtype, SOFTCAP)
+    shift = anchor_of(y, logits_ptr, lane, stop, zero, scale, rate, SOFTCAP)
     ref_y, ref_shift = y, zero
     if ref_ptr is not None:
         ref_ptr += common.row_offset(row, length, ref_batch_stride, ref_row_stride)
-        top, ref_y = token_score(ref_ptr, token, known, zero, scale, rate, SOFTCAP)
-        ref_shift = anchor_of(top, ref_ptr, lane, stop, zero, scale, rate, SOFTCAP)
+        ref_y = token_place(ref_ptr, token, known, rate, dtype, SOFTCAP)
+        ref_shift = anchor_of(ref_y, ref_ptr, lane, stop, zero, scale, rate, SOFTCAP)
 
-    none = tl.full((LANES,), 0.0, dtype)
+    none = tl.full((BLOCK // 4,), 0.0, dtype)
     total, weighted, ref_total, apart = none, none, none, none
-    whole = stop // (PARTS * LANES) * (PARTS * LANES)
-    for start in range(0, whole, PARTS * LANES):
-        for part in tl.static_range(PARTS):
-            total, weighted, ref_total, apart = add_block(
-                total, weighted, ref_total, apart, logits_ptr, ref_ptr,
-                start + part * LANES + lane, stop, scale, shift, ref_shift, rate, SOFTCAP, True,
-            )  # fmt: skip
-    for start in range(whole, stop, LANES):
-        total, weighted, ref_total, apart = add_block(
-            total, weighted, ref_total, apart, logits_ptr, ref_ptr, start + lane, stop, scale,
-            shift, ref_shift, rate, SOFTCAP, False,
-        )  # fmt: skip
+    whole = stop // LANES * LANES
+    for start in range(0, whole, LANES):
+        t = scores_of(tl.load(logits_ptr + start + lane), scale, shift, rate, SOFTCAP)
+        u = None
+        if ref_ptr is not None:
+            u = scores_of(tl.load(ref_ptr + start + lane), scale, ref_shift, rate, SOFTCAP)
+        total, weighted, ref_total, apart = add(total, weighted, ref_total, apart, t, u)
+    total, weighted, ref_total, apart = add_rest(
+        total, weighted, ref_total, apart, logits_ptr, ref_ptr, whole, stop, scale, shift,
+        ref_shift, rate, SOFTCAP, LANES,
+    )  # fmt: skip
     mass, ref_mass = tl.sum(total, 0), tl.sum(ref_total, 0)
 
     # of NaN and infinities too
     if ~((mass < MANY) & (ref_mass < MANY)):
-        shift = row_top(logits_ptr, lane, stop, zero, scale, rate, SOFTCAP, LANES)
+        shift = row_top(logits_ptr, stop, zero, scale, rate, SOFTCAP, LANES)
         if ref_ptr is not None:
-            ref_shift = row_top(ref_ptr, lane, stop, zero, scale, rate, SOFTCAP, LANES)
-        total, weighted, ref_total, apart = none, none, none, none
-        for start in range(0, stop, LANES):
-            total, weighted, ref_total, apart = add_block(
-                total, weighted, ref_total, apart, logits_ptr, ref_ptr, start + lane, stop, scale,
-                shift, ref_shift, rate, SOFTCAP, False,
-            )  # fmt: skip
+            ref_shift = row_top(ref_ptr, stop, zero, scale, rate, SOFTCAP, LANES)
+        total, weighted, ref_total, apart = add_rest(
+            none, none, none, none, logits_ptr, ref_ptr, 0, stop, scale, shift, ref_shift, rate,
+            SOFTCAP, LANES,
+        )  # fmt: skip
         mass, ref_mass = tl.sum(total, 0), tl.sum(ref_total, 0)
 
+    offset = tl.full((), offset, tl.float64).to(dtype)
     log_mass = tl.log(mass)
-    logprob = tl.where(known, score(y, scale, shift) * LN_2 - log_mass, float("nan"))
+    logprob = score(y, scale, shift) * LN_2 - log_mass
     tl.store(logprobs_ptr + row, tl.where(keep, logprob, 0.0))
     entropy = log_mass - tl.sum(weighted, 0) * LN_2 / mass
     tl.store(entropy_ptr + row, tl.where(keep, entropy, 0.0))
@@ -335,7 +348,6 @@ def row_statistics_kernel(
     if ref_ptr is not None:
         ref_log_mass = tl.log(ref_mass)
         logprob = score(ref_y, scale, ref_shift) * LN_2 - ref_log_mass
-        logprob = tl.where(known, logprob, float("nan"))
         tl.store(ref_logprobs_ptr + row, tl.where(keep, logprob, 0.0))
         kl = tl.sum(apart, 0) * LN_2 / mass + (ref_log_mass - log_mass)
         tl.store(kl_ptr + row, tl.where(keep, kl, 0.0))
