@@ -146,7 +146,7 @@ def refusals(rank: int, some: slice, backend: str) -> None:
         ),
     }
     if rank == 1:
-        wrong["one that this process belongs to"] = lambda: nk.token_logprobs(
+        wrong["a process group of this process"] = lambda: nk.token_logprobs(
             logits, tokens, mask=mask, group=one, backend=backend
         )
     for words, call in wrong.items():

@@ -64,5 +64,6 @@ def _head_traffic(case: Case, backward: bool) -> tuple[int, int]:
     logits = product * (2 if refs else 1)
     if not backward:
         return hidden + weight + refs, logits
-    # the factors are read once more, and their gradients written
-    return 2 * (hidden + weight) + refs * again, 2 * product + logits * again
+    # the factors are read once more, and their gradients written; a second pass over the logits of
+    # the reference counts as nothing: its own are made again for want of memory alone
+    return 2 * (hidden + weight) + refs * again, (2 + again) * product
