@@ -61,8 +61,8 @@ def _own(case: Case, backend: str, device: str, inplace: bool = False) -> Conten
     settings = {"backend": backend} | ({"inplace_backward": True} if inplace else {})
     sampler = case.op == "mixture_sample"
     exact = case.options.get("kl") == "exact"
-    # gradients that are sums over hundreds of tokens, or of factors rounded to 16 bits, are right as
-    # a whole and not number by number: eager's in float32 are no nearer
+    # sums over hundreds of tokens, or of factors rounded to 16 bits, are right as a whole and not
+    # number by number: eager's in float32 are no nearer
     summed = case.op in HEADS
 
     def solve(args: tuple, kwargs: dict) -> tuple:
