@@ -36,8 +36,9 @@ run: build  ## fine-tune SmolLM2-135M-Instruct with Nash-MD-PG and show what cha
 	$(BIN)/nlhf train --config quickstart --resume $(ARGS)
 
 .PHONY: test
-test: build  ## the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+test: build  ## the whole test suite, in as many processes as there are cores
+	# their threads would spin while they wait, each on the core of another
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto $(ARGS)
 
 .PHONY: lint
 lint: env  ## ruff and clang-format, checking only
