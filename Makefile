@@ -36,8 +36,9 @@ run: build  ## fine-tune SmolLM2-135M-Instruct with Nash-MD-PG and show what cha
 	$(BIN)/nlhf train --config quickstart --resume $(ARGS)
 
 .PHONY: test
-test: build  ## the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+test: build  ## the whole test suite, in as many processes as there are cores
+	# their threads would spin while they wait, each on the core of another
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto $(ARGS)
 
 .PHONY: lint
 lint: env  ## ruff and clang-format, checking only
@@ -73,13 +74,14 @@ bench: peers  ## the standing run: ops, whole steps, scaling; written to docs/be
 	$(BIN)/python -m bench step --wrong-too --save
 	$(BIN)/python -m bench step --efficiency --save
 	$(BIN)/python -m bench sampling --save
+	$(BIN)/python -m bench losses --save
 	$(BIN)/python -m bench scaling --save
 	env -u TRITON_INTERPRET $(BIN)/python -m bench aot --save
 	$(BIN)/python -m bench report
 
 .PHONY: bench-quick
 bench-quick: build  ## the bench at a few small shapes, nothing written
-	for part in "" step scaling; do $(BIN)/python -m bench $$part --quick || exit 1; done
+	for part in "" losses step scaling; do $(BIN)/python -m bench $$part --quick || exit 1; done
 
 .PHONY: gpu
 gpu:  ## build, check and measure on a CUDA machine with what is installed there

@@ -9,8 +9,8 @@ of a call that outlasts its share of the time, and two of one over a second. The
 machine (read, copy, matrix products) are measured in the same run. A contender that fails its gate
 gets no number. Exit status: 0; 1 if one of our backends is wrong; 2 for bad input.
 
-Other parts have a --help of their own: python -m bench sampling | step | scaling | aot | gpu |
-report
+Other parts have a --help of their own: python -m bench sampling | losses | step | scaling |
+aot | gpu | report
 """
 
 import argparse
@@ -33,13 +33,14 @@ from nlhf_kernels.testing.check import backends
 
 PARTS = {
     "sampling": "bench.sampling",
+    "losses": "bench.losses",
     "step": "bench.train_step",
     "scaling": "bench.scaling",
     "aot": "bench.aot",
     "gpu": "bench.gpu",
     "report": "bench.report",
 }
-ALL = (*OPS, heads.OP, layers.OP)
+ALL = (*OPS, layers.OP)
 # for a contender and a mode
 SECONDS = {"cpu": 0.6, "cuda": 0.2}
 QUICK_SECONDS = 0.5
@@ -184,9 +185,9 @@ def _problems(op: str, arguments: argparse.Namespace) -> list[tuple[str, Callabl
         return dataclasses.replace(problem, contenders=tuple(filter(wanted, problem.contenders)))
 
     if op in OPS:
-        return [(case.why, functools.partial(of_case, case)) for case in OPS[op].bench[device]]
-    families = {heads.OP: heads.problems, layers.OP: layers.problems}
-    found = families[op](device, arguments.quick)
+        cases = [heads.quick(x) if arguments.quick else x for x in OPS[op].bench[device]]
+        return [(case.why, functools.partial(of_case, case)) for case in cases]
+    found = layers.problems(device)
     return [(problem.shape, functools.partial(of_problem, problem)) for problem in found]
 
 

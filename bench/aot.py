@@ -92,7 +92,8 @@ def examine(job: Job) -> dict:
     text, shared = machine_code(job)
     code = sass.instructions(text)
     loops = sass.innermost_loops(code) if variant.loops else [sass.live_code(code)]
-    found = sass.counts(x for loop in loops for x in loop)
+    hot = loops[: len(loops) - variant.rare]
+    found = sass.counts(x for loop in hot for x in loop)
     per_element = {unit: found[unit] / kernel.elements for unit in UNITS}
     kinds = {name: count for name, count in found.items() if name.startswith("MUFU.")}
     row = {

@@ -14,7 +14,10 @@ from torch import Tensor
 
 import nlhf_kernels as nk
 from nlhf_kernels.testing import Case
-from nlhf_kernels.testing.check import Answers, Draw, grad_outputs, widened
+from nlhf_kernels.testing.cases import HEADS
+from nlhf_kernels.testing.compare import Answers, grad_outputs, widened
+from nlhf_kernels.testing.draw import Draw
+from nlhf_kernels.testing.gradients import leaves, named, sequences
 
 # by dtype of the logits: absolute for log-probabilities, of the norm for gradients
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
@@ -22,6 +25,10 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, tor
 DRAWS, DEVIATIONS = 64, 6
 # numbers that are compared in float64
 _AT_ONCE = 2**18
+# logits that the oracle makes at a time, several times in float64
+_LOGITS = 2**22
+# where others round logits to 16 bits: they are of deviation 1, and none is larger
+_LARGEST_LOGIT = 8
 
 
 def close(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
@@ -158,6 +165,59 @@ def _pg_loss(used: int, args: tuple, kwargs: dict) -> tuple[Tensor, list[Tensor]
     return torch.stack(losses), gradients
 
 
+# ---- any loss, from logits or from hidden states
+
+
+def differentiated(op: str, result: tuple) -> Tensor:
+    """What the bench differentiates of an op's results: a loss, or a number for each token."""
+    return result.logprobs + result.kl if op.endswith("token_kl") else result[0]
+
+
+def gradients(solve: Callable, case: Case, device: str) -> None:
+    """``solve`` returns what is differentiated, or a result of which it is."""
+    known = of_case(case, device)
+    args, kwargs = known.inputs()
+    own = [x.requires_grad_() for x in leaves(case.op, named(case.op, args, kwargs)).values()]
+    got = solve(args, kwargs)
+    want, scale, pieces, sums = known.once("gradients", functools.partial(_gradients, case.op))
+    grads = torch.autograd.grad(got, own, _weights(got).to(got.dtype) if got.dim() else None)
+    tolerance = TOLERANCE[case.dtype]
+    rounded = case.op in HEADS and case.dtype.itemsize == 2
+    rounding = torch.finfo(case.dtype).eps / 2 * _LARGEST_LOGIT if rounded else 0.0
+    close("result", got, want, (tolerance + rounding) * scale)
+    distance = Distance()
+    for some, exact in pieces:
+        distance.add(grads[0][some], exact)
+    distance.require(tolerance)
+    for grad, exact in zip(grads[1:], sums, strict=True):
+        distance = Distance()
+        distance.add(grad, exact)
+        distance.require(tolerance, "gradient of the weight")
+
+
+def _gradients(op: str, args: tuple, kwargs: dict) -> tuple:
+    """By eager in float64: the result, what it is made of, gradients by rows and of the rest."""
+    arguments = named(op, args, kwargs)
+    arguments.pop("inplace_backward", None)
+    found, pieces, sums = [], [], []
+    for some, share, part in sequences(arguments, _LOGITS):
+        wide = widened(part)
+        own = leaves(op, wide)
+        for x in own.values():
+            x.requires_grad_()
+        value = differentiated(op, getattr(nk, op)(**wide, backend="eager"))
+        weights = _weights(arguments["tokens"])[some] if value.dim() else value.new_tensor(share)
+        first, *others = torch.autograd.grad(value, list(own.values()), weights)
+        pieces.append((some, first))
+        sums = [x.add_(y) for x, y in zip(sums, others, strict=True)] if sums else others
+        found.append(value.detach() if value.dim() else share * value.detach())
+    if found[0].dim():
+        return torch.cat(found), 1.0, pieces, sums
+    # what the sum is made of may be far larger than the sum
+    losses = torch.stack(found)
+    return losses.sum(), max(1.0, float(losses.abs().sum())), pieces, sums
+
+
 # ---- sampling
 
 
@@ -165,7 +225,8 @@ class Mixture:
     """The distributions of a case in float64, as log-probabilities (B, V)."""
 
     def __init__(self, args: tuple, kwargs: dict):
-        args, kwargs = widened(args, kwargs)
+        args = tuple(widened(dict(enumerate(args))).values())
+        kwargs = widened(kwargs)
         policy, ref = model_logits(args)
         coef, temperature = kwargs["mixture_coef"], kwargs["temperature"]
         self.policy, self.ref = (x.div(temperature).log_softmax(-1) for x in (policy, ref))

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import heads
+from bench.losses import NAMES as LOSSES
 from bench.sampling import NAMES as SAMPLING
 from bench.setting import MODELS
 from nlhf_kernels.testing import OPS
@@ -24,8 +24,9 @@ STEPS = (("qwen2.5-1.5b", 0), ("llama3-8b", 16), ("qwen2.5-0.5b", 0))
 # part -> what stands behind its colon in --only, and what that may be; () is anything
 NARROWED_BY = {
     "check": ("OP", tuple(OPS)),
-    "ops": ("OP", (*OPS, heads.OP)),
+    "ops": ("OP", tuple(OPS)),
     "sampling": ("NAME", SAMPLING),
+    "losses": ("NAME", LOSSES),
     "step": ("MODEL", tuple(MODELS)),
     "tests": ("EXPRESSION of pytest -k", ()),
     "sanitizer": ("OP", tuple(OPS)),
@@ -86,6 +87,12 @@ def sampling(device: str, only: list[str], out: Path) -> Part:
     # all shapes, and what must be compiled, for who has asked for a part of it
     arguments += ["--only", ",".join(only)] if only else ["--quick"]
     return Part("sampling", 60, (Command("sampling", arguments),))
+
+
+def losses(device: str, only: list[str], out: Path) -> Part:
+    arguments = [PYTHON, "-m", "bench", "losses", "--device", device, "--json"]
+    arguments += ["--only", ",".join(only)] if only else ["--quick"]
+    return Part("losses", 75, (Command("losses", arguments),))
 
 
 def step(device: str, only: list[str], out: Path) -> Part:
@@ -171,6 +178,7 @@ PARTS = {
     "check": check,
     "ops": ops,
     "sampling": sampling,
+    "losses": losses,
     "step": step,
     "tests": tests,
     "scaling": scaling,

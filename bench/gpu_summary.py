@@ -3,7 +3,7 @@
 import itertools
 from pathlib import Path
 
-from bench import sampling_tables
+from bench import losses_tables, sampling_tables
 
 LINES = 60
 WIDTH = 160
@@ -18,7 +18,8 @@ def summary(rows: list[dict], reports: list[dict], out: Path) -> list[str]:
     """The lines. What is long gives way, the ops last: they are why one runs this."""
     fixed = [*_head(rows), *_parts(rows, reports), f"rows, logs and this summary: {out}"]
     room = LINES - len(fixed)
-    ops, steps, scaling = [*_sampling(rows), *_ops(rows)], _steps(rows), _scaling(rows)
+    ops = [*_sampling(rows), *_losses(rows), *_ops(rows)]
+    steps, scaling = _steps(rows), _scaling(rows)
     if len(ops) + len(steps) + len(scaling) > room:
         scaling = _shortened(scaling, FEW["scaling"])
         steps = _shortened(steps, max(FEW["steps"], room - len(ops) - len(scaling)))
@@ -77,7 +78,7 @@ def _place(row: dict) -> str:
         return f"{row['op']}: {row['case']} on {row['backend']} ({row['part']})"
     if row["kind"] == "test":
         return row["test"]
-    if row["kind"] in ("op", "sampling"):
+    if row["kind"] in ("op", "sampling", "losses"):
         return f"{row['op']} {row['mode']}, {row['shape']}, {row['variant']}"
     return f"{row['kind']} {row.get('variant', '')}"
 
@@ -124,6 +125,11 @@ def _sampling(rows: list[dict]) -> list[str]:
     for best in sorted(graphs, key=lambda r: r["graph_ms"][1])[:1]:
         parts.append(f"one row in a graph {1e3 * best['graph_ms'][1]:.3g} us ({best['shape']})")
     return [f"sampling: {'; '.join(parts)}"]
+
+
+def _losses(rows: list[dict]) -> list[str]:
+    found = [r for r in rows if r["kind"] in ("losses", "losses memory")]
+    return [losses_tables.summary(found)] if found else []
 
 
 def _mine(row: dict) -> str:

@@ -14,9 +14,12 @@ import torch
 from bench import yardsticks
 from nlhf_kernels.backends.triton import (
     common,
+    ema_update,
     linear_mixture_sample,
     mixture_sample,
+    pair_loss,
     pairwise_pg_loss,
+    token_rows,
 )
 
 WARP = 32
@@ -25,24 +28,32 @@ HEADS = tuple(
     f"{model}_{x}_ptr" for model in ("policy", "ref") for x in ("hidden", "weight", "bias")
 )
 INTEGERS = (
-    "tokens_ptr", "seed_rows_ptr", "position_rows_ptr", "top_k_rows_ptr", "cu_seqlens_ptr"
+    "tokens_ptr", "seed_rows_ptr", "position_rows_ptr", "top_k_rows_ptr", "cu_seqlens_ptr",
+    "table_ptr", "seed_ptr",
 )  # fmt: skip
-FLOATS = ("temperature", "softcap", "coef", "tau", "baseline", "top_p", "min_p")
+PAIR_WEIGHTS = tuple(f"weight{j}" for j in range(pair_loss.MOST_ANCHORS))
+FLOATS = (
+    "temperature", "softcap", "scale", "offset", "rate", "slope", "coef", "baseline", "top_p",
+    "min_p", "decay", *PAIR_WEIGHTS,
+)  # fmt: skip
 # the values that the launches leave out of the specialisation, or that no hint would fit
 PLAIN = (
     "length", "batch", "tiles", "spans", "seed_low", "seed_high", "position", "seed", "top_k",
-    "first_row",
+    "first_row", "rows", "pairs",
 )  # fmt: skip
-COUNTERS = ("winner_ptr", "arrived_ptr", "lanes_ptr")
+COUNTERS = ("winner_ptr", "arrived_ptr", "lanes_ptr", "owners_ptr")
 
-ROW = {"BLOCK": common.BLOCK}
-ROW_OPTIONS = {"num_warps": common.WARPS}
 NO_MASK = {"mask_ptr": None}
 NO_ENTROPY = {"entropy_ptr": None, "grad_entropy_ptr": None}
 NO_ROWS = {"coef_rows_ptr": None, "temperature_rows_ptr": None}
 NO_DRAW_ROWS = {**NO_ROWS, "seed_rows_ptr": None, "position_rows_ptr": None}
 NO_FILTER_ROWS = {"top_k_rows_ptr": None, "top_p_rows_ptr": None, "min_p_rows_ptr": None}
 NO_REF = {"ref_ptr": None}
+# without a soft cap, and without a reference
+ROW = {"BLOCK": token_rows.BLOCK, "SOFTCAP": False}
+ROW_ONE = {**ROW, **NO_REF, "kl_ptr": None, "ref_lse_ptr": None}
+READ_ONE = {**ROW_ONE, "ref_logprobs_ptr": None}
+WRITE_ONE = {**ROW_ONE, "grad_kl_ptr": None}
 TILE = common.TILE.value
 # of a row of 152 thousand ids
 TILES = 256
@@ -55,14 +66,18 @@ SPAN = linear_mixture_sample.BLOCK_V
 class Variant:
     constants: dict
     # of the dtype of the row: read and written for one element
-    values: int
+    values: float
     # other bytes of an element
     more: float = 0
     loops: int = 0
+    # of them, the last ones, that few elements or none pass: not counted
+    rare: int = 0
     # where they are not the kernel's
     options: dict | None = None
     block: int | None = None
     dtypes: tuple[str, ...] = ()
+    # of arguments that have not the dtype of the row
+    types: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,9 +116,18 @@ class Kernel:
         return self.block / self.threads
 
 
+NO_NUMBERS = {"decay_ptr": None, "seed_ptr": None}
 NO_SPAN_ROWS = {k: None for k in NO_DRAW_ROWS if k != "coef_rows_ptr"}
 NO_REF_HEAD = {"ref_hidden_ptr": None, "ref_weight_ptr": None, "ref_bias_ptr": None}
 ONE_HEAD = {"ref_weight_ptr": None, "policy_bias_ptr": None, "ref_bias_ptr": None, **NO_DRAW_ROWS}
+
+
+def _ema_variant(ema: str, param: str, stochastic: bool, **more) -> Variant:
+    """Averages and parameters of one dtype each; the two numbers come from the device, or not."""
+    codes = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
+    kind = 4 * codes[ema] + codes[param]
+    constants = {"PRESENT": 1 << kind, "STOCHASTIC": stochastic, "BLOCK": ema_update.BLOCK}
+    return Variant(constants | NO_NUMBERS, dtypes=(ema,), **more)
 
 
 def _span_variant(rows: int, itemsize: int, without: dict) -> Variant:
@@ -121,51 +145,62 @@ def _span_variant(rows: int, itemsize: int, without: dict) -> Variant:
 
 
 KERNELS = {
-    # one loop reads a row and sums it; an element is a logit
+    # one loop reads a row and sums it; an element is a logit, or one of each model. Beside it: the
+    # rest of the row, and its second reading if it outgrows its anchor
     "row_statistics_kernel": Kernel(
-        common.row_statistics_kernel,
-        ROW_OPTIONS,
+        token_rows.row_statistics_kernel,
+        token_rows.ROW_OPTIONS,
         load_bits=128,
-        registers=64,
-        block=common.BLOCK,
+        registers=96,
+        block=token_rows.BLOCK,
         variants={
-            "plain": Variant({**ROW, **NO_MASK, "SOFTCAP": False}, values=1, loops=1),
-            "mask+softcap": Variant({**ROW, "SOFTCAP": True}, values=1, loops=1),
+            "plain": Variant({**READ_ONE, **NO_MASK}, values=1, loops=4, rare=3),
+            "mask+softcap": Variant({**READ_ONE, "SOFTCAP": True}, values=1, loops=4, rare=3),
+            "kl": Variant(ROW, values=2, loops=5, rare=4),
+            "kl+softcap": Variant({**ROW, "SOFTCAP": True}, values=2, loops=5, rare=4),
         },
     ),
     # a program is one block: a logit is read, its gradient written
     "row_gradient_kernel": Kernel(
-        common.row_gradient_kernel,
-        ROW_OPTIONS,
+        token_rows.row_gradient_kernel,
+        token_rows.ROW_OPTIONS,
         load_bits=128,
         registers=112,
-        block=common.BLOCK,
+        block=token_rows.BLOCK,
         variants={
-            "entropy": Variant(
-                {**ROW, **NO_MASK, "grad_scale_ptr": None, "SOFTCAP": False}, values=2
+            "entropy": Variant({**WRITE_ONE, **NO_MASK}, values=2),
+            "mask": Variant({**WRITE_ONE, **NO_ENTROPY}, values=2),
+            "mask+softcap": Variant({**WRITE_ONE, **NO_ENTROPY, "SOFTCAP": True}, values=2),
+            "to bfloat16": Variant(
+                {**WRITE_ONE, **NO_ENTROPY},
+                values=1.5,
+                dtypes=("float32",),
+                types=(("grad_ptr", "*bf16"),),
             ),
-            "mask": Variant({**ROW, **NO_ENTROPY, "SOFTCAP": False}, values=2),
-            "mask+softcap": Variant({**ROW, **NO_ENTROPY, "SOFTCAP": True}, values=2),
+            "kl": Variant({**ROW, **NO_ENTROPY}, values=3),
+            "kl+entropy": Variant(ROW, values=3),
+            "kl+softcap": Variant({**ROW, **NO_ENTROPY, "SOFTCAP": True}, values=3),
         },
     ),
-    # an element is a token: three log-probabilities and a mask are read, the log-ratio and the
-    # coefficient written; the sum over a whole sequence is a loop before, whose reads stay cached
+    # an element is a token: its log-probability, its cost and a mask are read, its coefficient
+    # written; the sum over a whole sequence is a loop before, whose reads stay cached
     "sequence_coefficient_kernel": Kernel(
         pairwise_pg_loss.sequence_coefficient_kernel,
-        ROW_OPTIONS,
+        {"num_warps": common.WARPS},
         load_bits=0,
         registers=144,
         block=pairwise_pg_loss.STEP,
         variants={
             "padded": Variant(
                 {"SUMS": 0, "STEP": pairwise_pg_loss.STEP, "cu_seqlens_ptr": None},
-                values=5,
+                values=3,
                 more=1,
                 loops=1,
             ),
             "packed": Variant(
-                {"SUMS": 1, "STEP": pairwise_pg_loss.STEP}, values=5, more=1, loops=2
+                {"SUMS": 2, "STEP": pairwise_pg_loss.STEP}, values=3, more=1, loops=2
             ),
+            "exact": Variant({"SUMS": 1, "STEP": pairwise_pg_loss.STEP}, values=3, more=1, loops=1),
         },
         # of numbers per token, which are statistics
         dtypes=("float32", "float64"),
@@ -249,6 +284,48 @@ KERNELS = {
         dtypes=("float32", "bfloat16"),
         floats="fp32",
     ),
+    # one program has all pairs, which are few: their sum needs no second launch
+    "pair_kernel": Kernel(
+        pair_loss.pair_kernel,
+        pair_loss.OPTIONS,
+        load_bits=32,
+        registers=128,
+        block=pair_loss.STEP,
+        variants={
+            "label": Variant(
+                {
+                    "ANCHORS": 2,
+                    "FORM": pair_loss.LABEL.value,
+                    "STEP": pair_loss.STEP,
+                    "other_preference_ptr": None,
+                },
+                values=10,
+                loops=1,
+            ),
+            "logistic": Variant(
+                {"ANCHORS": 1, "FORM": pair_loss.LOGISTIC.value, "STEP": pair_loss.STEP},
+                values=9,
+                loops=1,
+            ),
+        },
+        dtypes=("float32", "float64"),
+    ),
+    # an element is one of a weight and of its average. Both ways of a branch are counted, that of
+    # the last block of a tensor too
+    "ema_kernel": Kernel(
+        ema_update.ema_kernel,
+        ema_update.OPTIONS,
+        load_bits=128,
+        registers=128,
+        block=ema_update.BLOCK,
+        variants={
+            "float32": _ema_variant("float32", "float32", False, values=3),
+            "bfloat16": _ema_variant("bfloat16", "bfloat16", False, values=3),
+            "master": _ema_variant("float32", "bfloat16", False, values=2, more=2),
+            "stochastic": _ema_variant("bfloat16", "bfloat16", True, values=3),
+            "float64": _ema_variant("float64", "float64", False, values=3),
+        },
+    ),
 }
 
 
@@ -262,7 +339,7 @@ def signature(kernel: Kernel, variant: Variant, dtype: str) -> tuple[dict, dict,
             types[name] = "constexpr"
             continue
         if name in LOGITS + HEADS:
-            types[name] = f"*{dtype}"
+            types[name] = dict(variant.types).get(name, f"*{dtype}")
         elif name in INTEGERS:
             types[name] = "*i64"
         elif name in COUNTERS:

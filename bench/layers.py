@@ -43,7 +43,7 @@ LAYERS = (
 )
 
 
-def problems(device: str, quick: bool = False) -> list[Problem]:
+def problems(device: str) -> list[Problem]:
     """None on CUDA: the op is for the CPU."""
     return [problem(layer) for layer in LAYERS] if device == "cpu" else []
 

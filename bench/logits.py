@@ -6,8 +6,7 @@ import functools
 import torch
 from torch import Tensor
 
-from nlhf_kernels.testing import Case
-from nlhf_kernels.testing.cases import VOCABULARY
+from nlhf_kernels.testing.case import VOCABULARY, Case
 
 # as people write distributions: with the variance. A filter of 0.9 keeps 60 % of the first
 FLAT, PEAKED, REAL = "N(0, 1)", "N(0, 16)", "SmolLM2-135M"

@@ -15,11 +15,12 @@ from bench.measure import Rotation, Timing, Variant, first_line, interleave
 from bench.problem import Contender, Problem
 from bench.text import number, percent
 from nlhf_kernels.testing import Case, traffic
-from nlhf_kernels.testing.cases import SAMPLERS
-from nlhf_kernels.testing.check import Answers, check_by, unavailable
+from nlhf_kernels.testing.cases import HEADS, SAMPLERS
+from nlhf_kernels.testing.check import check_by, unavailable
+from nlhf_kernels.testing.compare import Answers
 
 MODES = ("fwd", "bwd", "fwd+bwd")
-DIMS = {"mixture_sample": "BV", "linear_mixture_sample": "BDV"}
+DIMS = {"mixture_sample": "BV", "linear_mixture_sample": "BDV", **dict.fromkeys(HEADS, "BTDV")}
 # how a contender may fail; anything else is a fault of the bench
 FAILURES = (RuntimeError, ValueError, TypeError, ImportError, OSError, AttributeError, KeyError)
 # a CUDA graph of more calls would take long to record
@@ -31,8 +32,8 @@ MOST_IN_GRAPH = 512
 
 def problem(case: Case, device: str, chosen: Sequence[str], rivals: Sequence[Contender]) -> Problem:
     """A case for our backends ``chosen``, and for ``rivals``."""
-    sampler = case.op in SAMPLERS
-    ways = (False,) if sampler else (False, True)
+    sampler, head = case.op in SAMPLERS, case.op in HEADS
+    ways = (False,) if sampler or head else (False, True)
     # a backend in place is judged by the same log-probabilities of its own as just before
     own = [_own(case, backend, device, inplace) for backend in chosen for inplace in ways]
     return Problem(
@@ -42,7 +43,7 @@ def problem(case: Case, device: str, chosen: Sequence[str], rivals: Sequence[Con
         dtype=str(case.dtype).removeprefix("torch."),
         modes=MODES[:1] if sampler else MODES,
         inputs=functools.partial(case.inputs, 0, device, device),
-        leaves=() if sampler else (0,),
+        leaves=() if sampler else (0, 1) if head else (0,),
         contenders=(*own, *rivals),
         traffic=functools.partial(_traffic, case),
     )
@@ -51,27 +52,35 @@ def problem(case: Case, device: str, chosen: Sequence[str], rivals: Sequence[Con
 def _traffic(case: Case, mode: str) -> tuple[int, int, str]:
     passes = {"fwd": (False,), "bwd": (True,), "fwd+bwd": (False, True)}[mode]
     moved, flops = map(sum, zip(*(traffic(case, backward) for backward in passes), strict=True))
+    if case.op in HEADS:
+        return moved, flops, f"gemm {str(case.dtype).removeprefix('torch.')}"
     return moved, flops, "read" if mode == "fwd" else "copy"
 
 
 def _own(case: Case, backend: str, device: str, inplace: bool = False) -> Contender:
     settings = {"backend": backend} | ({"inplace_backward": True} if inplace else {})
     sampler = case.op == "mixture_sample"
+    exact = case.options.get("kl") == "exact"
+    # sums over hundreds of tokens, or of factors rounded to 16 bits, are right as a whole and not
+    # number by number: eager's in float32 are no nearer
+    summed = case.op in HEADS
 
     def solve(args: tuple, kwargs: dict) -> tuple:
         # looked up at each call: a profile replaces the public functions
         return getattr(nk, case.op)(*args, **kwargs, **settings)
 
     def first(args: tuple, kwargs: dict) -> Tensor:
-        return solve(args, kwargs)[0]
+        return gates.differentiated(case.op, solve(args, kwargs))
 
     def gate() -> None:
         # sums over a large vocabulary in float32, as torch makes them, miss what a kernel must
         # reach: the losses of eager are held to what peers are held to
         if backend == "eager" and case.op == "token_logprobs":
             gates.logprobs(solve, case, device)
-        elif backend == "eager" and case.op == "pairwise_pg_loss":
+        elif backend == "eager" and case.op == "pairwise_pg_loss" and not exact:
             gates.pg_loss(first, case, device)
+        elif case.op not in SAMPLERS and (backend == "eager" or summed):
+            gates.gradients(first, case, device)
         else:
             known = gates.of_case(case, device)
             if sampler and "filters" in case.options:

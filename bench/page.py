@@ -1,6 +1,6 @@
 """docs/benchmarks.md: its words, and the tables in their order."""
 
-from bench import sampling_tables, tables
+from bench import losses_tables, sampling_tables, tables
 from bench.tables import RLHF, by_setting, setting_name
 from bench.text import Row, by_device, devices, grid, ok, plain, reasons, runs, with_unit
 
@@ -47,9 +47,22 @@ as where a model has just written them. Memory is what becomes resident during o
 that has made none before, stacks and outputs included.
 """
 
+LOSSES = """\
+`python -m bench losses`, all in one run: ours, on the backend that it chooses by itself, beside
+eager, torch.compile and the fastest of the peers; ratios are their time over ours. In place means
+that the gradient is written over the logits, which few others can; into fresh memory the
+system has to clear its pages first. Memory is what a call takes beyond its inputs at its highest
+point, gradients included, that of the loss from hidden states in a process of its own. `product and
+op` makes the logits of all tokens first. The quickstart's step trains no head; seconds are those
+from its hidden states to the loss and back, over logits, as the training loop has it, and in
+chunks.
+"""
+
 HEADS = """\
-From hidden states and the weights of the head to log-probabilities. Ours is not fused yet: a
-library's matrix product, and `token_logprobs` over the logits.
+From hidden states and the weights of the head to log-probabilities, exact KL and the loss, and
+back to the gradients of both. Beside the fused ops stand those over logits after a library's matrix
+product. `gemm` counts a product for the logits and two on the way back, one for a reference's, and
+for single tokens those that a second pass makes: who keeps all logits needs none.
 """
 
 STEP = """\
@@ -110,6 +123,8 @@ def _figures(rows: list[Row], plots: list[str]) -> list[str]:
     lines += _ops([r for r in of("op") if not r["op"].startswith("linear_")])
     lines += ["## Sampling", "", *SAMPLING.splitlines(), "", *plot("sampling")]
     lines += by_device([*of("sampling"), *of("sampling memory")], _sampling)
+    lines += ["## Losses", "", *LOSSES.splitlines(), ""]
+    lines += by_device([*of("losses"), *of("losses memory")], _losses)
     lines += ["## The linear family: losses from hidden states", "", *HEADS.splitlines(), ""]
     lines += _ops([r for r in of("op") if r["op"].startswith("linear_")])
 
@@ -168,6 +183,14 @@ def _sampling(rows: list[Row]) -> list[str]:
         lines += [f"{table.title}:", "", *grid(table.header, table.cells())]
     wrong = [r for r in rows if r["status"] == "wrong"]
     return [*lines, *sampling_tables.absent(wrong), *([""] if wrong else []), *runs(rows)]
+
+
+def _losses(rows: list[Row]) -> list[str]:
+    lines = []
+    for table in losses_tables.tables(rows):
+        lines += [f"{table.title}:", "", *grid(table.header, table.cells())]
+    wrong = [r for r in rows if r["status"] == "wrong"]
+    return [*lines, *losses_tables.absent(wrong), *([""] if wrong else []), *runs(rows)]
 
 
 def _steps(rows: list[Row]) -> list[str]:

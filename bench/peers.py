@@ -20,8 +20,7 @@ from torch import Tensor
 import nlhf_kernels as nk
 from bench import gates
 from bench.problem import Contender
-from nlhf_kernels.testing import Case
-from nlhf_kernels.testing.cases import F32
+from nlhf_kernels.testing.case import F32, Case
 
 # package -> what installs it; without their dependencies, of which an unpinned torch is one
 INSTALL = {
@@ -36,17 +35,28 @@ _EXPRESSED = {
     "mixture_sample": {"ref_dtype", "coef", "temperature", "scale", "filters", "seed", "position"},
     "linear_mixture_sample": {"heads", "coef", "temperature", "seed", "position"},
     "token_logprobs": {"temperature", "softcap", "scale", "inplace_backward"},
+    "token_kl": {"temperature", "near", "ref_dtype", "inplace_backward"},
     "pairwise_pg_loss": {"temperature", "softcap", "masked", "tau", "baseline", "inplace_backward"},
+    "linear_token_logprobs": set(),
+    "linear_token_kl": {"ref"},
+    "linear_pairwise_pg_loss": {"masked", "tau", "baseline"},
 }
+# of the loss with an exact KL
+_EXPRESSED_EXACT = _EXPRESSED["pairwise_pg_loss"] - {"softcap"} | {"kl", "ref"}
 
 
 def contenders(case: Case, device: str) -> tuple[Contender, ...]:
     """The peers of a case on "cpu" or "cuda"; ``missing`` says why one cannot run."""
+    # it is made of what is here
+    from bench import heads
+
     found = {
         "mixture_sample": _samplers,
         "linear_mixture_sample": _linear_samplers,
         "token_logprobs": _logprobs,
-        "pairwise_pg_loss": _pg_losses,
+        "token_kl": _kls,
+        "pairwise_pg_loss": _exact_losses if case.options.get("kl") == "exact" else _pg_losses,
+        **dict.fromkeys(heads.OVER_LOGITS, heads.contenders),
     }[case.op](case, device)
     if beyond := _beyond(case):
         why = f"peers do not express {', '.join(sorted(beyond))} of this case"
@@ -55,10 +65,11 @@ def contenders(case: Case, device: str) -> tuple[Contender, ...]:
 
 
 def _beyond(case: Case) -> set[str]:
-    found = set(case.options) - _EXPRESSED[case.op]
+    exact = case.options.get("kl") == "exact"
+    found = set(case.options) - (_EXPRESSED_EXACT if exact else _EXPRESSED[case.op])
     if case.op == "mixture_sample" and case.options.get("ref_dtype", F32) is None:
         found.add("ref_dtype")
-    if case.op == "pairwise_pg_loss" and case.options.get("masked") != "none":
+    if case.op.endswith("pairwise_pg_loss") and case.options.get("masked") != "none":
         found.add("masked")
     return found
 
@@ -106,6 +117,7 @@ def compiled(function: Callable) -> Callable:
         function.__defaults__,
         function.__closure__,
     )
+    own.__kwdefaults__ = function.__kwdefaults__
     return torch.compile(own, dynamic=False)
 
 
@@ -296,9 +308,48 @@ def selective_log_softmax(args: tuple, kwargs: dict) -> tuple:
     return solve(_scores(logits, kwargs), tokens), None
 
 
-# ---- the policy-gradient loss
+# ---- the exact KL: nobody fuses what it takes, so what others do is written out and compiled
 
-LIGER_GRPO = "Liger GRPO loss (T - 1 tokens, no entropy)"
+
+def _kls(case: Case, device: str) -> list[Contender]:
+    whole = compiled(kl_formula)
+
+    def solve(args: tuple, kwargs: dict) -> Tensor:
+        logprobs, _, _, kl = whole(args, kwargs)
+        return logprobs + kl
+
+    gate = functools.partial(gates.gradients, solve, case, device)
+    return [Contender("torch.compile", True, solve, gate)]
+
+
+def kl_formula(args: tuple, kwargs: dict) -> tuple:
+    """Log-probabilities of both, entropy and exact KL."""
+    logits, refs, tokens = args
+    logs, ref_logs = (_scores(x.float(), kwargs).log_softmax(-1) for x in (logits, refs))
+    p = logs.exp()
+    at_tokens = [x.gather(-1, tokens[..., None])[..., 0] for x in (logs, ref_logs)]
+    return *at_tokens, -(p * logs).sum(-1), (p * (logs - ref_logs)).sum(-1)
+
+
+def _exact_losses(case: Case, device: str) -> list[Contender]:
+    whole = compiled(exact_formula)
+    gate = functools.partial(gates.gradients, whole, case, device)
+    return [Contender("torch.compile", True, whole, gate)]
+
+
+def exact_formula(args: tuple, kwargs: dict) -> Tensor:
+    """A token is charged with the KL of those after it, and each with the gradient of its own."""
+    logits, tokens, mask, preference = args
+    logprobs, _, _, kl = kl_formula((logits, kwargs["ref_logits"], tokens), kwargs)
+    kl = kl * mask
+    # as if each were the log-ratio of the token before it
+    later = torch.nn.functional.pad(kl.detach()[:, 1:], (0, 1))
+    settings = kwargs | {"ref_logprobs": logprobs.detach() - later}
+    weights = pg_weights(logprobs, mask, preference, settings)
+    return (weights * logprobs).sum() + kwargs["tau"] * kl.sum() / len(preference)
+
+
+# ---- the policy-gradient loss
 
 
 def _pg_losses(case: Case, device: str) -> list[Contender]:
@@ -320,7 +371,7 @@ def _pg_losses(case: Case, device: str) -> list[Contender]:
     ]
 
 
-def _weights(logprobs: Tensor, mask: Tensor, preference: Tensor, kwargs: dict) -> Tensor:
+def pg_weights(logprobs: Tensor, mask: Tensor, preference: Tensor, kwargs: dict) -> Tensor:
     """What multiplies each log-probability: -(preference - baseline - tau * reward-to-go) / B."""
     mask = mask.float()
     ell = (logprobs.detach() - kwargs["ref_logprobs"]) * mask
@@ -333,7 +384,7 @@ def pg_loss(logprobs_of: Callable) -> Callable:
     def solve(args: tuple, kwargs: dict) -> Tensor:
         logits, tokens, mask, preference = args
         logprobs = logprobs_of((logits, tokens), kwargs)[0].float()
-        return (_weights(logprobs, mask, preference, kwargs) * logprobs).sum()
+        return (pg_weights(logprobs, mask, preference, kwargs) * logprobs).sum()
 
     return solve
 
@@ -343,7 +394,7 @@ def pg_formula(args: tuple, kwargs: dict) -> tuple:
     logits, tokens, mask, preference = args
     logprobs, _ = log_softmax((logits, tokens), kwargs)
     _, entropy = formula((logits.detach(), tokens), kwargs)
-    loss = (_weights(logprobs, mask, preference, kwargs) * logprobs).sum()
+    loss = (pg_weights(logprobs, mask, preference, kwargs) * logprobs).sum()
     kl = logprobs.detach() - kwargs["ref_logprobs"]
     return loss, logprobs.detach(), entropy * mask, kl * mask
 
@@ -360,7 +411,7 @@ def liger_grpo(args: tuple, kwargs: dict) -> Tensor:
     liger = load("liger_kernel.transformers.grpo_loss")
     logprobs = liger.fused_selective_log_softmax(logits.detach(), tokens, temperature, mask)
     kwargs = kwargs | {"ref_logprobs": kwargs["ref_logprobs"][:, :-1]}
-    weights = -_weights(logprobs, mask, preference, kwargs)
+    weights = -pg_weights(logprobs, mask, preference, kwargs)
     loss, *_ = liger.triton_grpo_loss(
         logits, None, None, tokens, torch.ones_like(preference), mask,
         temperature=temperature, beta=0.0, eps_high=1.0, loss_type="cispo", vllm_is_ratio=weights,

@@ -20,6 +20,10 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
                   "peer", "status", "note"), (*_FIGURES, "of_copy")),
     "sampling memory": (("op", "shape", "dims", "dtype", "filters", "logits", "variant", "peer",
                          "status", "note"), ("mb",)),
+    "losses": (("op", "shape", "dims", "dtype", "table", "variant", "peer", "status", "note"),
+               _FIGURES),
+    "losses memory": (("op", "shape", "dims", "dtype", "variant", "peer", "status", "note"),
+                      ("mb", "gradients_mb")),
     "limit": (("name", "value", "unit"), ()),
     "step": (("setting", "variant", "status", "note"), ("seconds", "peak_mb", "state_mb")),
     "scaling": (("title", "x", "xs", "y", "ys", "variant", "exponent"), ()),
@@ -34,6 +38,8 @@ _KEYS = {
     "op": ("device", "op", "shape", "dtype", "mode", "variant"),
     "sampling": ("device", "shape", "dtype", "filters", "logits", "repeated", "variant"),
     "sampling memory": ("device", "shape", "dtype", "filters", "logits", "variant"),
+    "losses": ("device", "table", "op", "shape", "dtype", "variant"),
+    "losses memory": ("device", "op", "shape", "dtype", "variant"),
     "limit": ("device", "name"),
     "step": ("device", "setting", "variant"),
     "scaling": ("device", "title", "variant"),
@@ -157,8 +163,8 @@ def fault(row: object) -> str:
     absent = [name for name in needed if name not in row]
     if absent:
         return f"no field {', '.join(absent)}"
-    inner = {"op": _op_fault, "sampling": _op_fault, "step": _step_fault, "scaling": _curve_fault,
-             "aot": _aot_fault}  # fmt: skip
+    inner = {"op": _op_fault, "sampling": _op_fault, "losses": _op_fault, "step": _step_fault,
+             "scaling": _curve_fault, "aot": _aot_fault}  # fmt: skip
     return inner[kind](row, status) if kind in inner else ""
 
 

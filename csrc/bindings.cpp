@@ -2,13 +2,17 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "common/philox.h"
-#include "cpu/mixture_tile.h"
+#include "cpu/ema_update.h"
 #include "cpu/ops.h"
+#include "cpu/pair_loss.h"
 #include "cpu/skinny_linear.h"
+#include "cpu/tile_level.h"
 
 namespace py = pybind11;
 using namespace nlhf;
@@ -38,12 +42,56 @@ Matrix view(const MatrixArg& x) {
 }
 
 KlSum kl_sum(const std::string& name) {
+  if (name == "reward_to_go") return KlSum::reward_to_go;
+  if (name == "exact") return KlSum::exact;
   if (name == "sequence") return KlSum::sequence;
   if (name == "token") return KlSum::token;
-  if (name == "reward_to_go") return KlSum::reward_to_go;
   throw std::invalid_argument(
-      "pairwise_pg_loss: kl must be \"reward_to_go\", \"sequence\" or \"token\", got \"" + name +
-      "\"; choose one of these");
+      "pairwise_pg_loss: kl must be \"reward_to_go\", \"exact\", \"sequence\" or \"token\", got "
+      "\"" +
+      name + "\"; choose one of these");
+}
+
+PairForm pair_form(const std::string& name) {
+  if (name == "label") return PairForm::label;
+  if (name == "difference") return PairForm::difference;
+  if (name == "response") return PairForm::response;
+  if (name == "logistic") return PairForm::logistic;
+  throw std::invalid_argument("pair_loss: there is no form \"" + name + "\"");
+}
+
+template <class S>
+void bind_pair_loss(py::module_ m) {
+  m.def(
+      "pair_loss",
+      [](Address logprobs, Address other_logprobs, Address anchor_logprobs,
+         Address other_anchor_logprobs, Address preference, Address other_preference,
+         const std::vector<double>& weights, int64_t pairs, const std::string& form, double scale,
+         Address loss, Address margins, Address grad, Address other_grad) {
+        pair_loss<S>({at<S>(logprobs), at<S>(other_logprobs), at<S>(anchor_logprobs),
+                      at<S>(other_anchor_logprobs), at<S>(preference), at<S>(other_preference),
+                      weights.data(), static_cast<int64_t>(weights.size()), pairs, pair_form(form),
+                      static_cast<S>(scale)},
+                     {at<S>(loss), at<S>(margins), at<S>(grad), at<S>(other_grad)});
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+// ema, param, size, dtypes of both
+using EmaArg = std::tuple<Address, Address, int64_t, int, int>;
+
+void bind_ema_update(py::module_ m) {
+  m.def(
+      "ema_update",
+      [](const std::vector<EmaArg>& arguments, double decay, std::optional<int64_t> seed) {
+        std::vector<EmaTensor> tensors;
+        for (const auto& [ema, param, size, ema_dtype, param_dtype] : arguments) {
+          tensors.push_back({at<char>(ema), at<char>(param), size, static_cast<DType>(ema_dtype),
+                             static_cast<DType>(param_dtype)});
+        }
+        ema_update(tensors, decay, seed ? &*seed : nullptr);
+      },
+      py::call_guard<py::gil_scoped_release>());
 }
 
 // One submodule per statistics dtype.
@@ -75,49 +123,60 @@ void bind_ops(py::module_ m) {
 
   m.def(
       "token_logprobs",
-      [](const LogitsArg& logits, Address tokens, double temperature, double softcap,
+      [](const LogitsArg& logits, Address tokens, Address mask, double temperature, double softcap,
          Address logprobs, Address entropy, Address lse) {
-        token_logprobs<S>(view(logits), at<int64_t>(tokens),
-                          {static_cast<S>(temperature), static_cast<S>(softcap)}, at<S>(logprobs),
-                          at<S>(entropy), at<S>(lse));
+        token_logprobs<S>(view(logits), at<int64_t>(tokens), at<bool>(mask),
+                          {static_cast<S>(temperature), static_cast<S>(softcap)},
+                          {at<S>(logprobs), at<S>(entropy), at<S>(lse)});
       },
       unlocked());
 
   m.def(
       "token_logprobs_grad",
-      [](const LogitsArg& grad, const LogitsArg& logits, Address tokens, Address lse,
+      [](const LogitsArg& grad, const LogitsArg& logits, Address tokens, Address mask, Address lse,
          Address entropy, Address grad_logprobs, Address grad_entropy, double temperature,
          double softcap) {
-        token_logprobs_grad<S>(view(grad), view(logits), at<int64_t>(tokens), at<S>(lse),
-                               at<S>(entropy), at<S>(grad_logprobs), at<S>(grad_entropy),
-                               {static_cast<S>(temperature), static_cast<S>(softcap)});
+        token_logprobs_grad<S>(
+            view(grad), view(logits), at<int64_t>(tokens), at<bool>(mask),
+            {at<S>(lse), at<S>(entropy), at<S>(grad_logprobs), at<S>(grad_entropy)},
+            {static_cast<S>(temperature), static_cast<S>(softcap)});
       },
       unlocked());
 
   m.def(
-      "pairwise_pg_loss",
-      [](const LogitsArg& logits, Address tokens, Address mask, Address preference,
-         Address ref_logprobs, Address policy_logprobs, Address cu_seqlens, int64_t sequences,
-         double tau, const std::string& kl, double baseline, double temperature, double softcap,
-         Address loss, Address logprobs, Address entropy, Address kl_out, Address lse,
-         Address coef) {
-        pairwise_pg_loss<S>(
-            view(logits),
-            {at<int64_t>(tokens), at<bool>(mask), at<S>(preference), at<S>(ref_logprobs),
-             at<S>(policy_logprobs), at<int64_t>(cu_seqlens), sequences, static_cast<S>(tau),
-             static_cast<S>(baseline), kl_sum(kl)},
-            {static_cast<S>(temperature), static_cast<S>(softcap)},
-            {at<S>(loss), at<S>(logprobs), at<S>(entropy), at<S>(kl_out), at<S>(lse), at<S>(coef)});
+      "token_kl",
+      [](const LogitsArg& policy, const LogitsArg& ref, Address tokens, Address mask,
+         double temperature, double softcap, Address logprobs, Address ref_logprobs,
+         Address entropy, Address kl, Address lse, Address ref_lse) {
+        token_kl<S>(view(policy), view(ref), at<int64_t>(tokens), at<bool>(mask),
+                    {static_cast<S>(temperature), static_cast<S>(softcap)},
+                    {at<S>(logprobs), at<S>(ref_logprobs), at<S>(entropy), at<S>(kl), at<S>(lse),
+                     at<S>(ref_lse)});
       },
       unlocked());
 
   m.def(
-      "pairwise_pg_loss_grad",
-      [](const LogitsArg& grad, const LogitsArg& logits, Address tokens, Address mask, Address lse,
-         Address coef, double grad_loss, double temperature, double softcap) {
-        pairwise_pg_loss_grad<S>(view(grad), view(logits), at<int64_t>(tokens), at<bool>(mask),
-                                 at<S>(lse), at<S>(coef), static_cast<S>(grad_loss),
-                                 {static_cast<S>(temperature), static_cast<S>(softcap)});
+      "token_kl_grad",
+      [](const LogitsArg& grad, const LogitsArg& policy, const LogitsArg& ref, Address tokens,
+         Address mask, Address lse, Address ref_lse, Address entropy, Address kl,
+         Address grad_logprobs, Address grad_entropy, Address grad_kl, double temperature,
+         double softcap) {
+        token_kl_grad<S>(view(grad), view(policy), view(ref), at<int64_t>(tokens), at<bool>(mask),
+                         {at<S>(lse), at<S>(ref_lse), at<S>(entropy), at<S>(kl),
+                          at<S>(grad_logprobs), at<S>(grad_entropy), at<S>(grad_kl)},
+                         {static_cast<S>(temperature), static_cast<S>(softcap)});
+      },
+      unlocked());
+
+  m.def(
+      "pairwise_pg_coef",
+      [](Address logprobs, Address cost, Address mask, Address preference, Address cu_seqlens,
+         Address later, int64_t tokens, int64_t sequences, const std::string& kl, double baseline,
+         Address loss, Address coef, Address sums) {
+        pairwise_pg_coef<S>({at<S>(logprobs), at<S>(cost), at<bool>(mask), at<S>(preference),
+                             at<int64_t>(cu_seqlens), at<S>(later), tokens, sequences, kl_sum(kl),
+                             static_cast<S>(baseline)},
+                            {at<S>(loss), at<S>(coef), at<S>(sums)});
       },
       unlocked());
 }
@@ -134,6 +193,9 @@ PYBIND11_MODULE(_native, m) {
 
   bind_ops<float>(m.def_submodule("float32"));
   bind_ops<double>(m.def_submodule("float64"));
+  bind_pair_loss<float>(m.attr("float32"));
+  bind_pair_loss<double>(m.attr("float64"));
+  bind_ema_update(m);
 
   m.def(
       "skinny_linear",

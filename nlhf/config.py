@@ -40,7 +40,7 @@ class Config:
     tau: float = 0.05
     """strength of the KL regularisation towards the reference, at least 0"""
     kl: str = "reward_to_go"
-    """KL estimator: reward_to_go, sequence or token (biased)"""
+    """KL estimator: reward_to_go, sequence, exact (over all ids) or token (biased)"""
     temperature: float = 1.0
     """sampling temperature, above 0; the trained policy is the one at this temperature"""
     top_k: int = 0
@@ -136,7 +136,7 @@ _LIMITS = (
 )
 _CHOICES = {
     "assets": ("", "quickstart"),
-    "kl": ("reward_to_go", "sequence", "token"),
+    "kl": ("reward_to_go", "sequence", "token", "exact"),
     "dtype": ("float32", "bfloat16", "float64"),
 }
 BUILT_IN = Path(__file__).parent / "configs"

@@ -31,7 +31,8 @@ def nash_md_pg(
     Args:
         policy: its gradient is taken; train or eval mode as it is.
         ref: the reference, None: the base of a PEFT policy with its adapters off. It is run only if
-            ``pair.y.ref_logprobs`` is None and it is needed: tau is above 0, or ``ref`` is given.
+            kl is "exact", or if ``pair.y.ref_logprobs`` is None and it is needed: tau is above 0,
+            or ``ref`` is given.
         pair: B prompts with responses; those of ``pair.y`` are from the policy.
         preference: (B,) P(y > y'), or any real per sequence.
         tau, temperature, kl, baseline: as in the op; the rollout's temperature.
@@ -45,12 +46,14 @@ def nash_md_pg(
         ValueError: bad shapes or parameters; no reference where one is needed.
     """
     y = pair.y
-    ref_logprobs = y.ref_logprobs
-    if ref_logprobs is None and (tau or ref is not None):
-        safe = torch.where(y.mask, y.tokens, 0)
+    anchor = {"ref_logprobs": y.ref_logprobs}
+    if kl == "exact":
+        # the rollout's log-probabilities are of the tokens that were drawn, not of all
+        anchor = {"ref_logits": ref_logits(policy, ref, pair, y)}
+    elif y.ref_logprobs is None and (tau or ref is not None):
         # no name for these logits: they must be gone when those of the policy are made
-        ref_logprobs = nk.token_logprobs(
-            ref_logits(policy, ref, pair, y), safe, temperature=temperature
+        anchor["ref_logprobs"] = nk.token_logprobs(
+            ref_logits(policy, ref, pair, y), y.tokens, mask=y.mask, temperature=temperature
         ).logprobs
     return nk.pairwise_pg_loss(
         response_logits(policy, pair, y),
@@ -58,7 +61,7 @@ def nash_md_pg(
         y.mask,
         preference.to(y.tokens.device),
         tau=tau,
-        ref_logprobs=ref_logprobs,
+        **anchor,
         kl=kl,
         baseline=baseline,
         temperature=temperature,

@@ -11,8 +11,8 @@ def main() -> None:
     out = sys.stdout.write
     out(f"nlhf_kernels {__version__}, torch {torch.__version__}\n")
     for op, backend, device, why in registry.table():
-        out(f"{op:22} {backend:8} {device:6} {'no: ' + why if why else 'yes'}\n")
-    for op in (*registry.OPS, *registry.LAYERS):
+        out(f"{op:24} {backend:8} {device:6} {'no: ' + why if why else 'yes'}\n")
+    for op in (*registry.OPS, *registry.LAYERS, *registry.UPDATES):
         for device in sorted({row[2] for row in registry.table()}):
             try:
                 out(f"{op} on {device} uses {registry.resolve(op, device)}\n")

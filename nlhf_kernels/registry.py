@@ -15,9 +15,20 @@ import torch
 
 BACKENDS = ("eager", "cpp", "triton", "cuda")
 ORDER = {"cpu": ("cpp", "eager"), "cuda": ("triton", "eager")}
-OPS = ("mixture_sample", "linear_mixture_sample", "token_logprobs", "pairwise_pg_loss")
+OPS = (
+    "mixture_sample",
+    "linear_mixture_sample",
+    "token_logprobs",
+    "linear_token_logprobs",
+    "token_kl",
+    "linear_token_kl",
+    "pairwise_pg_loss",
+    "linear_pairwise_pg_loss",
+)
 # not of logits: a layer of the model, on the CPU only
 LAYERS = ("skinny_linear",)
+# of numbers per response, and of weights
+UPDATES = ("pair_loss", "ema_update_")
 
 # raw op -> backend -> "module:function"; eager is called straight and has no raw op
 _NATIVE, _TRITON = "nlhf_kernels.backends.native", "nlhf_kernels.backends.triton"
@@ -38,18 +49,37 @@ _PATHS = {
         "cpp": f"{_NATIVE}:token_logprobs_bwd",
         "triton": f"{_TRITON}.token_logprobs:token_logprobs_bwd",
     },
-    "pairwise_pg_loss_fwd": {
-        "cpp": f"{_NATIVE}:pairwise_pg_loss_fwd",
-        "triton": f"{_TRITON}.pairwise_pg_loss:pairwise_pg_loss_fwd",
+    "token_kl_fwd": {
+        "cpp": f"{_NATIVE}:token_kl_fwd",
+        "triton": f"{_TRITON}.token_kl:token_kl_fwd",
     },
-    "pairwise_pg_loss_bwd": {
-        "cpp": f"{_NATIVE}:pairwise_pg_loss_bwd",
-        "triton": f"{_TRITON}.pairwise_pg_loss:pairwise_pg_loss_bwd",
+    "token_kl_bwd": {
+        "cpp": f"{_NATIVE}:token_kl_bwd",
+        "triton": f"{_TRITON}.token_kl:token_kl_bwd",
+    },
+    "pairwise_pg_coef_fwd": {
+        "cpp": f"{_NATIVE}:pairwise_pg_coef_fwd",
+        "triton": f"{_TRITON}.pairwise_pg_loss:pairwise_pg_coef_fwd",
     },
     "skinny_linear_fwd": {"cpp": f"{_NATIVE}:skinny_linear_fwd"},
+    "pair_loss_fwd": {
+        "cpp": f"{_NATIVE}:pair_loss_fwd",
+        "triton": f"{_TRITON}.pair_loss:pair_loss_fwd",
+    },
+    "ema_update__fwd": {
+        "cpp": f"{_NATIVE}:ema_update__fwd",
+        "triton": f"{_TRITON}.ema_update:ema_update__fwd",
+    },
 }
-# op -> the op whose backends serve it: after a matrix product, where they have no kernel for it
-_THROUGH = {"linear_mixture_sample": "mixture_sample"}
+# op -> whose backends serve it: after a matrix product, where they have no kernel for it; a loss is
+# statistics, coefficients and gradients
+_THROUGH = {
+    "linear_mixture_sample": "mixture_sample",
+    "linear_token_logprobs": "token_logprobs",
+    "linear_token_kl": "token_kl",
+    "pairwise_pg_loss": "pairwise_pg_coef",
+    "linear_pairwise_pg_loss": "pairwise_pg_coef",
+}
 # what a backend has not got, beside whole ops: op -> backend -> feature -> what to do
 _LACKS: dict[str, dict[str, dict[str, str]]] = {}
 _forced = ""
@@ -79,8 +109,8 @@ def reason(op: str, backend: str, device: str, features: tuple[str, ...] = ()) -
         return f"it is unknown: choose one of {', '.join(BACKENDS)}"
     if backend == "eager":
         return ""
-    op = _THROUGH.get(op, op)
-    if backend not in _PATHS[f"{op}_fwd"]:
+    served = _THROUGH.get(op, op)
+    if backend not in _PATHS[f"{served}_fwd"]:
         return f"{op} has no {backend} implementation"
     if backend in _ABSENT:
         return _ABSENT[backend]
@@ -90,7 +120,7 @@ def reason(op: str, backend: str, device: str, features: tuple[str, ...] = ()) -
         return "on the CPU it runs only in the interpreter: set TRITON_INTERPRET=1 before the start"
     if backend == "triton" and device != "cpu" and _INTERPRETED:
         return "TRITON_INTERPRET=1 is set, which is for the CPU: unset it to run on a GPU"
-    lacks = _LACKS.get(op, {}).get(backend, {})
+    lacks = _LACKS.get(served, {}).get(backend, {})
     return next((lacks[feature] for feature in features if feature in lacks), "")
 
 
@@ -156,7 +186,7 @@ def table() -> list[tuple[str, str, str, str]]:
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     return [
         (op, backend, device, reason(op, backend, device))
-        for op in (*OPS, *LAYERS)
+        for op in (*OPS, *LAYERS, *UPDATES)
         for backend in BACKENDS
         for device in devices
     ]

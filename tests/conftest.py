@@ -17,6 +17,7 @@ import pytest
 
 from nlhf_kernels import registry
 from nlhf_kernels.testing import OPS, Case
+from nlhf_kernels.testing.cases import HEADS
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
@@ -143,10 +144,12 @@ def small_bench(monkeypatch):
     monkeypatch.setattr(cli, "SECONDS", {"cpu": 0.02})
     for op, entry in OPS.items():
         shape = {"mixture_sample": (4, 1100), "linear_mixture_sample": (4, 8, 1100)}
+        shape |= dict.fromkeys(HEADS, (2, 3, 8, 1100))
         shape = shape.get(op, (2, 3, 1100))
-        masked = {"masked": "none"} if op == "pairwise_pg_loss" else {}
-        cases = (Case(op, "tiny-1b, first", shape, torch.float32, masked),
-                 Case(op, "other-2b, second", shape, torch.bfloat16, masked))  # fmt: skip
+        options = {"masked": "none"} if op.endswith("pairwise_pg_loss") else {}
+        options |= {"ref": "own"} if op == "linear_token_kl" else {}
+        cases = (Case(op, "tiny-1b, first", shape, torch.float32, options),
+                 Case(op, "other-2b, second", shape, torch.bfloat16, options))  # fmt: skip
         monkeypatch.setitem(OPS, op, dataclasses.replace(entry, bench={"cpu": cases}))
     measure._flushing.cache_clear()
     yield

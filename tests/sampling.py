@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nlhf_kernels import eager
-from nlhf_kernels.testing.check import Draw, finite_maximum
+from nlhf_kernels.testing.draw import Draw, finite_maximum
 
 INF = math.inf
 # a mass that sums in float32 may miss, and roundings of its largest operand that a score may have

@@ -85,9 +85,13 @@ def test_rows_have_every_field():
     assert tile["mufu"] == {"EX2": 3.0}
     assert tile["load_bits"] == 128
     assert tile["bound"] == "memory"
-    # one distribution and the rescaling of the running sums, once for all ids of an iteration
-    (row,) = (r for r in rows if (r["kernel"], r["variant"]) == ("row_statistics_kernel", "plain"))
-    assert 1 < row["mufu"]["EX2"] < 1.2
+    # a power for each logit of each model, and no other for the sums
+    rows = {r["variant"]: r for r in rows if r["kernel"] == "row_statistics_kernel"}
+    assert rows["plain"]["mufu"] == {"EX2": 1.0}
+    assert rows["kl"]["mufu"] == {"EX2": 2.0}
+    for row in (rows["plain"], rows["kl"]):
+        assert row["load_bits"] == 128
+        assert row["bound"] == "memory"
 
 
 def test_what_is_saved_has_a_prediction(tmp_path):
@@ -159,7 +163,7 @@ import dataclasses
 from bench import aot, kernels
 from bench.kernels import KERNELS, Variant
 
-SINGLE = {{"SUMS": 2, "STEP": 1024}}
+SINGLE = {{"SUMS": 3, "STEP": 1024}}
 
 def change(name, **fields):
     KERNELS[name] = dataclasses.replace(KERNELS[name], **fields)

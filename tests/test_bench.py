@@ -15,8 +15,8 @@ from bench import gates, heads, measure, ops, peers
 from bench.measure import Rotation, Timing, Variant, interleave
 from bench.problem import Contender, Problem
 from nlhf_kernels.testing import OPS
-from nlhf_kernels.testing.cases import F32
-from nlhf_kernels.testing.check import Answers
+from nlhf_kernels.testing.cases import HEADS
+from nlhf_kernels.testing.compare import Answers
 from tests.conftest import LIMITS
 from tests.wrong_kernels import BUGS, Kernels
 
@@ -118,7 +118,8 @@ def worked_out(monkeypatch) -> list[str]:
 
 
 def test_what_is_right_is_worked_out_once(op, worked_out, monkeypatch):
-    monkeypatch.setattr(peers, "compiled", lambda function: function)
+    for module in (peers, heads):
+        monkeypatch.setattr(module, "compiled", lambda function: function)
     case = OPS[op].bench["cpu"][0]
     found = ops.judge(ops.problem(case, "cpu", ["eager", "cpp"], peers.contenders(case, "cpu")))
     # two of our backends, and the peers
@@ -130,18 +131,12 @@ def test_what_is_right_is_worked_out_once(op, worked_out, monkeypatch):
             "mixture_sample": ["draw", "mixture", "log-sum-exps"],
             "linear_mixture_sample": ["draw", "mixture"],
             "token_logprobs": ["log-probabilities", "oracle"],
+            "token_kl": ["gradients", "oracle"],
             "pairwise_pg_loss": ["loss of 3", "oracle"],
+            **{head: ["gradients"] for head in HEADS},
         }[op]
     )
     assert not gates._latest, "kept beyond the problem"
-
-
-def test_what_is_right_of_a_head_is_worked_out_once(worked_out, monkeypatch):
-    monkeypatch.setattr(heads, "compiled", lambda function: function)
-    found = ops.judge(heads.problem(heads.Head("tiny", 70, 16, 300, F32), "cpu"))
-    assert len([status for status, _ in found.values() if status == "ok"]) > 4
-    assert worked_out == ["oracle"]
-    assert not gates._latest
 
 
 def test_who_writes_over_its_inputs_spoils_nobody_else():

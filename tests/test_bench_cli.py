@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import bench.__main__ as cli
-from bench import compare, heads, peers
+from bench import compare, heads, layers, peers
 from nlhf_kernels.testing import OPS, Case
-from nlhf_kernels.testing.cases import SAMPLERS
+from nlhf_kernels.testing.cases import HEADS, SAMPLERS
 from tests.conftest import LIMITS
 from tests.test_bench import contender, problem
 
@@ -41,9 +41,11 @@ def test_rows_have_every_field(op, capsys):
         assert row["dims"]["V"] == 1100
         assert (row["status"], row["note"], row["peer"]) == ("ok", "", False)
         assert row["ms"] == sorted(row["ms"])
-        assert row["gbps"] == pytest.approx(row["share"] * LIMITS[row["limit"]][0], rel=1e-3)
-    in_place = {"eager, in place", "cpp, in place"} if mode != "fwd" else set()
-    assert {row["variant"] for row in found} == {"eager", "cpp"} | in_place
+        rate = row["tflops" if op in HEADS else "gbps"]
+        assert rate == pytest.approx(row["share"] * LIMITS[row["limit"]][0], rel=1e-3)
+    others = {"eager, in place", "cpp, in place"} if mode != "fwd" else set()
+    others = {"matmul + cpp", "matmul + cpp, in place"} if op in HEADS else others
+    assert {row["variant"] for row in found} == {"eager", "cpp"} | others
 
 
 def test_shapes_are_named_by_their_beginnings(capsys):
@@ -71,7 +73,7 @@ def test_a_whole_name_is_no_beginning(monkeypatch):
 
 def test_the_first_shape_of_every_op_comes_first():
     chosen = cli.select(cli.parser().parse(["--no-peers"]))
-    assert [p.op for p in chosen[: len(OPS) + 1]] == [*OPS, heads.OP]
+    assert [p.op for p in chosen[: len(OPS) + 1]] == [*OPS, layers.OP]
     assert [p.shape for p in chosen[: len(OPS)]] == ["tiny-1b, first"] * len(OPS)
 
 
@@ -88,8 +90,21 @@ def test_quick_compiles_nothing_and_no_peers_means_none(monkeypatch):
     assert names() == ["eager", "cpp", "another"]
     assert names("--no-peers") == ["eager", "cpp"]
     assert names("--no-peers", "--backend", "cpp") == ["cpp"]
-    heads_of = cli.select(cli.parser().parse(["--op", heads.OP, "--no-peers", "--backend", "cpp"]))
-    assert all("cpp" in c.name for p in heads_of for c in p.contenders)
+
+
+def test_a_chosen_backend_is_there_after_a_product_too():
+    flags = ["--op", HEADS[0], "--no-peers", "--backend", "cpp"]
+    (of_head, *_) = cli.select(cli.parser().parse(flags))
+    ours = ["cpp", "matmul + cpp", "matmul + cpp, in place"]
+    assert [c.name for c in of_head.contenders] == ours
+
+
+def test_quick_heads_have_fewer_tokens():
+    case = Case(HEADS[0], "tiny-1b, N=4,096", (16, 256, 8, 1100))
+    few = heads.quick(case)
+    assert (few.why, few.shape) == ("tiny-1b, N=512", (2, 256, 8, 1100))
+    other = Case("token_logprobs", "tiny-1b, 16 x 256", (16, 256, 1100))
+    assert heads.quick(other) is other
 
 
 def test_a_backend_that_cannot_run_here_is_named_as_missing(monkeypatch, capsys):
@@ -128,7 +143,7 @@ def test_the_module_runs():
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
-    assert heads.OP in result.stderr
+    assert layers.OP in result.stderr
 
 
 def test_parts_get_their_own_flags(monkeypatch):

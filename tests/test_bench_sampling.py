@@ -10,8 +10,9 @@ from bench import gates, gpu_parts, logits, ops, peers, sampling, sampling_memor
 from bench.gpu_summary import summary
 from bench.logits import FLAT, PEAKED, REAL
 from bench.sampling_tables import Figure
-from nlhf_kernels.testing.cases import VOCABULARY
-from nlhf_kernels.testing.check import Answers, check_by
+from nlhf_kernels.testing.case import VOCABULARY
+from nlhf_kernels.testing.check import check_by
+from nlhf_kernels.testing.compare import Answers
 from tests.test_bench_report import GPU, cpu_rows, limit_row, memory_row, sampling_row, stamp
 
 HF, LSE = "Hugging Face path", "yardstick: two logsumexp (no draw)"

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, DynamicCache
 from nlhf import caches, decoding, rollout
 from nlhf.graphs import Graphs
 from nlhf.rollout import Side
-from nlhf_kernels.testing.check import poisoned_memory
+from nlhf_kernels.testing.compare import poisoned_memory
 from tests import tiny
 from tests.conftest import DEVICES
 

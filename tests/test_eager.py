@@ -7,7 +7,7 @@ import torch
 
 import nlhf_kernels as nk
 from nlhf_kernels import eager
-from nlhf_kernels.testing.check import kept_ids
+from nlhf_kernels.testing.draw import kept_ids
 
 ONES = 0xFFFFFFFF
 # Random123's known answers for philox4x32-10: counter, key, words

@@ -8,20 +8,22 @@ from torch.testing._internal.optests import OpCheckError
 
 from nlhf_kernels import eager
 from nlhf_kernels.testing import OPS, Case, check, traffic
-from nlhf_kernels.testing.cases import SAMPLERS
-from nlhf_kernels.testing.check import (
+from nlhf_kernels.testing.cases import HEADS, SAMPLERS
+from nlhf_kernels.testing.check import check_by
+from nlhf_kernels.testing.compare import (
     TOLERANCE,
     Answers,
     Snapshot,
-    check_by,
     compare,
-    oracle,
     poisoned_memory,
 )
-from tests import wrong_kernels
+from nlhf_kernels.testing.gradients import oracle
+from tests import wrong_chunks, wrong_kernels
+from tests.conftest import why_not
 from tests.wrong_kernels import Kernels
 
 PLANTED = [(op, bug) for op, bugs in wrong_kernels.BUGS.items() for bug in bugs]
+IN_CHUNKS = [(op, bug) for op, bugs in wrong_chunks.BUGS.items() for bug in bugs]
 LOSSES = [case for op in OPS if op not in SAMPLERS for case in OPS[op].tests]
 
 
@@ -49,10 +51,18 @@ def test_a_planted_bug_is_rejected_by_its_own_logprobs(bug, plant):
     assert next(found, None), "every case accepts it"
 
 
+@pytest.mark.parametrize(("of", "bug"), IN_CHUNKS, ids=lambda x: x)
+def test_a_bug_of_the_chunks_is_rejected(of, bug, monkeypatch):
+    """Around right kernels, which are the fastest here."""
+    if why := why_not("cpp"):
+        pytest.skip(f"cpp: {why}")
+    wrong_chunks.plant(monkeypatch, bug)
+    assert next(rejections(of, "cpp"), None), "every case accepts it"
+
+
 def test_every_op_has_bugs_to_reject():
-    assert {op: len(bugs) > 10 for op, bugs in wrong_kernels.BUGS.items()} == dict.fromkeys(
-        OPS, True
-    )
+    for op in OPS:
+        assert len(wrong_kernels.BUGS[op]) + len(wrong_chunks.BUGS.get(op, ())) > 10, op
 
 
 def cast(x):
@@ -236,11 +246,29 @@ def test_the_far_tail_is_far():
     assert rare.tolist() == [True] * 4 + [False] * 4
 
 
+def check_head_traffic(case: Case, products: int) -> None:
+    """A product is 2NVD: three of a trained head, one of a reference's, and a second pass."""
+    (moved, forward), (moved_back, backward) = traffic(case), traffic(case, backward=True)
+    expected = {
+        "linear_token_logprobs": (1, 3),
+        "linear_token_kl": (2, 3),
+        "linear_pairwise_pg_loss": (1, 2),
+    }[case.op]
+    assert (forward, backward) == tuple(2 * products * n for n in expected)
+    *batch, D, V = case.shape
+    factors = (torch.Size(batch).numel() + V) * D * case.dtype.itemsize
+    heads = 2 if case.op == "linear_token_kl" else 1
+    assert (moved, moved_back) == (heads * factors, (heads + 1) * factors)
+
+
 def test_traffic_of_bench_cases(op):
     for case in itertools.chain(*OPS[op].bench.values()):
         assert isinstance(case, Case)
         size = torch.Size(case.shape).numel()
         moved, flops = traffic(case)
+        if op in HEADS:
+            check_head_traffic(case, size)
+            continue
         assert flops >= 4 * size
         if op == "linear_mixture_sample":
             # not the logits: one head, or two, and little beside
@@ -249,4 +277,5 @@ def test_traffic_of_bench_cases(op):
             continue
         assert moved % size == 0
         if op not in SAMPLERS:
-            assert traffic(case, backward=True)[0] == 2 * size * case.dtype.itemsize
+            passes = 3 if op == "token_kl" else 2
+            assert traffic(case, backward=True)[0] == passes * size * case.dtype.itemsize

@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import nlhf_kernels as nk
 from nlhf_kernels import registry
 from nlhf_kernels.ops import linear_mixture_sample as contract
-from nlhf_kernels.testing.check import compare, linear_draw
+from nlhf_kernels.testing.compare import compare
+from nlhf_kernels.testing.draw import linear_draw
 from tests.sampling import rows, seeds_for, surprise
 from tests.test_ops import Recorder
 

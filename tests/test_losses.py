@@ -55,7 +55,7 @@ def twin(model, ref, pair, preference, temperature, **settings):
     return total / len(preference)
 
 
-@pytest.mark.parametrize("kl", ["reward_to_go", "sequence", "token"])
+@pytest.mark.parametrize("kl", ["reward_to_go", "sequence", "token", "exact"])
 @pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2, tiny.gemma2])
 def test_equals_the_slow_twin_with_its_gradient(build, kl):
     model, ref = build(0), build(1)

@@ -20,10 +20,25 @@ from nlhf_kernels import eager, registry
 from nlhf_kernels.testing import OPS, TOLERANCE, check
 from nlhf_kernels.testing.case import copied
 from nlhf_kernels.testing.cases import SAMPLERS
-from nlhf_kernels.testing.check import compare, grad_outputs
+from nlhf_kernels.testing.compare import compare, grad_outputs
+from nlhf_kernels.testing.gradients import leaves, named
 from tests.conftest import far_apart, targets
+from tests.wrong_losses import RAW
 
-DIFFERENTIABLE = ("token_logprobs", "pairwise_pg_loss")
+DIFFERENTIABLE = tuple(op for op in registry.OPS if op not in SAMPLERS)
+# with a backward that may write over the logits
+INPLACE = tuple(op for op in DIFFERENTIABLE if not op.startswith("linear_"))
+# op -> the raw ops that its first case, and one in place if there is one, go through
+THROUGH = {
+    "token_logprobs": {"token_logprobs_fwd", "token_logprobs_bwd", "token_logprobs_bwd_"},
+    "token_kl": {"token_kl_fwd", "token_kl_bwd", "token_kl_bwd_"},
+    "pairwise_pg_loss": {
+        "token_logprobs_fwd", "pairwise_pg_coef_fwd", "token_logprobs_bwd", "token_logprobs_bwd_"
+    },
+    "linear_token_logprobs": {"linear_token_logprobs_fwd", "linear_token_logprobs_bwd"},
+    "linear_token_kl": {"linear_token_kl_fwd", "linear_token_kl_bwd"},
+    "linear_pairwise_pg_loss": {"linear_pairwise_pg_loss_fwd"},
+}  # fmt: skip
 
 
 def test_matches_the_oracle(case, target):
@@ -40,14 +55,17 @@ def test_matches_the_oracle(case, target):
 
 
 def run(op: str, args: tuple, kwargs: dict, backend: str, function=None) -> list[Tensor]:
-    """The outputs and, where there is one, the gradient of the first argument."""
-    if op in DIFFERENTIABLE:
-        args = (args[0].detach().requires_grad_(), *args[1:])
-    outputs = list((function or getattr(nk, op))(*args, **kwargs, backend=backend))
+    """The outputs and, where there are any, the gradients."""
+    function = function or getattr(nk, op)
+    if op not in DIFFERENTIABLE:
+        return list(function(*args, **kwargs, backend=backend))
+    arguments = named(op, args, kwargs)
+    own = {name: x.detach().requires_grad_() for name, x in leaves(op, arguments).items()}
+    outputs = list(function(**arguments | own, backend=backend))
     live = [x for x in outputs if x.requires_grad]
     if live:
         grads = [g.to(x.device, x.dtype) for g, x in zip(grad_outputs(live), live, strict=True)]
-        outputs += torch.autograd.grad(live, args[0], grads)
+        outputs += torch.autograd.grad(live, list(own.values()), grads)
     return outputs
 
 
@@ -92,10 +110,12 @@ def raw_calls(op: str, target) -> list[tuple]:
 def test_opcheck(op, compiled):
     calls = raw_calls(op, compiled)
     names = {function.name().removeprefix("nlhf::") for function, _ in calls}
-    backward = {f"{op}_bwd", f"{op}_bwd_"} if op in DIFFERENTIABLE else set()
-    # a backend without a kernel for it draws from logits
-    forward = op if registry.has(f"{op}_fwd", compiled.backend) else "mixture_sample"
-    assert names == {f"{forward}_fwd"} | backward
+    if op in SAMPLERS:
+        # a backend without a kernel for it draws from logits
+        forward = op if registry.has(f"{op}_fwd", compiled.backend) else "mixture_sample"
+        assert names == {f"{forward}_fwd"}
+    else:
+        assert names == THROUGH[op]
     for function, args in calls:
         torch.library.opcheck(function, args)
 
@@ -139,8 +159,7 @@ def _pairs() -> list:
 def test_forward_of_one_with_backward_of_another(differentiable, pair, plant):
     forward, backward = pair
     op, kernels = differentiable, {}
-    # a loss uses the raw ops of another
-    for raw_op in (f"{x}_{way}" for x in DIFFERENTIABLE for way in ("fwd", "bwd")):
+    for raw_op in RAW:
         source = forward if raw_op.endswith("_fwd") else backward
         kernels[raw_op] = registry.load(raw_op, source.backend)
     backend = plant(kernels)
@@ -157,7 +176,7 @@ def test_ids_outside_the_vocabulary_are_never_read(kind, compiled):
     logits = torch.randn(4, 70, **where)
     tokens = torch.tensor([0, -1, 70, 2**62], **where)
     raw = torch.ops.nlhf
-    got = raw.token_logprobs_fwd(logits, tokens, 1.0, 0.0, compiled.backend)
+    got = raw.token_logprobs_fwd(logits, tokens, None, 1.0, 0.0, compiled.backend)
     want = eager.token_logprobs(logits.double(), tokens.clamp(0, 69))
     if kind == "lse":
         compare("lse", got[2], logits.double().logsumexp(-1), torch.float32)
@@ -167,7 +186,7 @@ def test_ids_outside_the_vocabulary_are_never_read(kind, compiled):
     ones = torch.ones(4, **where)
     grads = (ones, torch.zeros(4, **where))
     grad = raw.token_logprobs_bwd(
-        logits, tokens, got[2], got[1], *grads, 1.0, 0.0, compiled.backend
+        logits, tokens, None, got[2], got[1], *grads, 1.0, 0.0, compiled.backend
     )
     assert grad[0].abs().sum() > 0
     assert torch.equal(grad[1:], torch.zeros_like(grad[1:]))
@@ -179,23 +198,54 @@ def test_ids_outside_the_vocabulary_are_never_read(kind, compiled):
 @pytest.mark.parametrize("differentiable", DIFFERENTIABLE)
 def test_gradcheck(differentiable, target):
     where = {"dtype": torch.float64, "device": target.device}
-    logits = torch.randn(2, 2, 4, **where).requires_grad_()
     tokens = torch.tensor([[0, 3], [1, 2]], device=target.device)
-    settings = {"temperature": 0.7, "softcap": 4.0, "backend": target.backend}
-    # the loss has a stop_gradient: what is under it is held constant through policy_logprobs
-    fixed = eager.token_logprobs(logits.detach(), tokens, temperature=0.7, softcap=4.0).logprobs
-    ref, preference = torch.randn(2, 2, **where), torch.rand(2, **where)
     mask = torch.tensor([[True, True], [True, False]], device=target.device)
+    settings = {"temperature": 0.7, "softcap": 4.0, "backend": target.backend}
+    other, ref_weight = torch.randn(2, 2, 4, **where), torch.randn(4, 3, **where)
+    if differentiable.startswith("linear_"):
+        inputs = [
+            torch.randn(2, 2, 3, **where),
+            torch.randn(4, 3, **where),
+            torch.randn(4, **where),
+        ]
+        settings |= {"logit_scale": 0.8}
+    else:
+        inputs = [torch.randn(2, 2, 4, **where)]
+    inputs = [x.requires_grad_() for x in inputs]
+    op = getattr(nk, differentiable)
+    # the loss has a stop_gradient: what is under it is held constant through policy_logprobs
+    loss = {"tau": 0.3, "ref_logprobs": torch.randn(2, 2, **where)}
+    loss |= {"policy_logprobs": torch.randn(2, 2, **where)}
+    preference = torch.rand(2, **where)
+
+    def function(x, weight=None, bias=None):
+        head = {} if weight is None else {"bias": bias}
+        first = (x,) if weight is None else (x, weight)
+        if differentiable.endswith("pairwise_pg_loss"):
+            return op(*first, tokens, mask, preference, **loss, **head, **settings).loss
+        refs = ()
+        if differentiable.endswith("token_kl"):
+            refs = (other,) if weight is None else (other[..., 1:], ref_weight)
+        result = op(*first, *refs, tokens, mask=mask, **head, **settings)
+        return tuple(x for x in result if x.requires_grad)
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+def test_gradcheck_of_the_exact_kl(target):
+    """Of one token: later ones would stand under the stop_gradient."""
+    where = {"dtype": torch.float64, "device": target.device}
+    logits, ref_logits = torch.randn(2, 2, 1, 4, **where)
+    tokens = torch.tensor([[0], [3]], device=target.device)
+    preference = torch.rand(2, **where)
 
     def function(x):
-        if differentiable == "token_logprobs":
-            return tuple(nk.token_logprobs(x, tokens, **settings))
         return nk.pairwise_pg_loss(
-            x, tokens, mask, preference, tau=0.3, ref_logprobs=ref, policy_logprobs=fixed,
-            **settings,
+            x, tokens, tokens >= 0, preference, tau=0.3, ref_logits=ref_logits, kl="exact",
+            temperature=0.7, softcap=4.0, backend=target.backend,
         ).loss  # fmt: skip
 
-    assert torch.autograd.gradcheck(function, logits)
+    assert torch.autograd.gradcheck(function, logits.requires_grad_())
 
 
 def test_only_one_output_is_differentiated(target):
@@ -230,8 +280,8 @@ def test_offsets_beyond_32_bits(op, target, tmp_path):
     """Rows 4 GiB apart: an offset in int32 reads, or writes, somewhere else."""
     V = 40
     near = torch.randn(2, V, device=target.device).bfloat16()
-    far = far_apart(near, tmp_path)
-    tokens = torch.tensor([0, V - 1], device=target.device)
+    far, ref = far_apart(near, tmp_path), torch.randn_like(near)
+    tokens, small = torch.tensor([[0, V - 1], [0, 1]], device=target.device)
     sample = {"mixture_coef": 0.5, "seed": 1, "position": 0}
     mask = torch.ones(2, 1, dtype=torch.bool, device=target.device)
     preference = torch.ones(2, device=target.device)
@@ -240,25 +290,36 @@ def test_offsets_beyond_32_bits(op, target, tmp_path):
         # one tensor is the hidden states of both models and their head
         "linear_mixture_sample": lambda x: ((x, x, x), sample),
         "token_logprobs": lambda x: ((x, tokens), {"inplace_backward": True}),
+        "token_kl": lambda x: ((x, ref, tokens), {"inplace_backward": True}),
         "pairwise_pg_loss": lambda x: (
             (x[:, None], tokens[:, None], mask, preference),
             {"tau": 0.0, "inplace_backward": True},
         ),
+        # the head, and what its gradient is made of
+        "linear_token_logprobs": lambda x: ((near, x, small), {}),
+        "linear_token_kl": lambda x: ((near, near, x, x, small), {}),
+        "linear_pairwise_pg_loss": lambda x: (
+            (x[:, None], x, small[:, None], mask, preference),
+            {"tau": 0.0},
+        ),
     }
-    got, want = (run(op, *calls[op](x), target.backend) for x in (far, near))
+    before = near.clone()
+    got = run(op, *calls[op](far), target.backend)
+    want = run(op, *calls[op](near), target.backend)
     assert identical(got, want)
     assert identical([far], [near])
+    assert identical([near], [before]) == (op not in INPLACE)
 
 
 # ---- gradient in place
 
 
-@pytest.mark.parametrize("differentiable", DIFFERENTIABLE)
-def test_in_place_backward(differentiable, target):
+@pytest.mark.parametrize("inplace", INPLACE)
+def test_in_place_backward(inplace, target):
     """``check`` compares what it writes; here: when it writes, and only once."""
-    case = next(c for c in OPS[differentiable].tests if c.why == "in place, bf16, strided")
+    case = next(c for c in OPS[inplace].tests if c.why == "in place, bf16, strided")
     args, kwargs = case.inputs(device=target.device)
-    function = getattr(nk, differentiable)
+    function = getattr(nk, inplace)
     before, version = args[0].detach().clone(), args[0]._version
 
     with torch.no_grad():
@@ -308,6 +369,30 @@ def test_compiles_other_layouts(kind, target):
     assert identical([args[0]], [before])
     kwargs.pop("inplace_backward", None)
     want = run(case.op, args, kwargs, target.backend)
+    for i, (x, y) in enumerate(zip(got, want, strict=True)):
+        compare(f"output {i}", x, y, y.dtype)
+
+
+@pytest.mark.parametrize(
+    ("of", "kind"),
+    [
+        *itertools.product(
+            ("pairwise_pg_loss", "linear_pairwise_pg_loss"),
+            ("no reference", "exact, packed, soft-capped", "exact, f64 reference"),
+        ),
+        ("pairwise_pg_loss", "two anchors"),
+        ("linear_pairwise_pg_loss", "sequence sums, two anchors"),
+        ("linear_token_kl", "one head for both"),
+        ("linear_token_logprobs", "masked, two chunks"),
+    ],
+)
+def test_compiles_whatever_is_given(of, kind):
+    """On the backend that is chosen: which tensors there are is what a graph depends on."""
+    torch._dynamo.reset()
+    case = next(c for c in OPS[of].tests if c.why == kind)
+    function = torch.compile(getattr(nk, of), fullgraph=True, backend="aot_eager")
+    args, kwargs = case.inputs()
+    got, want = run(of, args, kwargs, "", function), run(of, args, kwargs, "")
     for i, (x, y) in enumerate(zip(got, want, strict=True)):
         compare(f"output {i}", x, y, y.dtype)
 

@@ -10,7 +10,8 @@ import torch
 
 import nlhf_kernels as nk
 from nlhf_kernels import eager, registry
-from nlhf_kernels.testing.check import Draw, compare, kept_ids
+from nlhf_kernels.testing.compare import compare
+from nlhf_kernels.testing.draw import Draw, kept_ids
 from tests.sampling import INF, rows, seeds_for, surprise
 
 

@@ -16,7 +16,9 @@ import torch
 
 import nlhf_kernels as nk
 from nlhf_kernels.testing import Case, check
-from nlhf_kernels.testing.check import Answers, Draw, check_by
+from nlhf_kernels.testing.check import check_by
+from nlhf_kernels.testing.compare import Answers
+from nlhf_kernels.testing.draw import Draw
 from tests.conftest import far_apart
 from tests.sampling import INF, KINDS, models, rows, seeds_for, settle, surprise
 

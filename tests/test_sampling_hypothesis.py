@@ -4,8 +4,9 @@ import torch
 from hypothesis import HealthCheck, assume, given, seed, settings
 from hypothesis import strategies as st
 
-from nlhf_kernels.testing.cases import lay_out
-from nlhf_kernels.testing.check import Answers, check_by
+from nlhf_kernels.testing.case import lay_out
+from nlhf_kernels.testing.check import check_by
+from nlhf_kernels.testing.compare import Answers
 from tests.sampling import KINDS, models, settle
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -9,7 +9,7 @@ from torch import nn
 import nlhf_kernels as nk
 from nlhf import linears
 from nlhf_kernels.testing import TOLERANCE
-from nlhf_kernels.testing.check import poisoned_memory
+from nlhf_kernels.testing.compare import poisoned_memory
 from tests.conftest import why_not
 
 # the rest is of every machine

@@ -255,7 +255,7 @@ BAD = [
     (["--mixture-coef", "1.5"], "mixture_coef must be in [0, 1], got 1.5"),
     (["--tau", "-1"], "tau must be at least 0"),
     (["--temperature", "nan"], "temperature must be above 0"),
-    (["--kl", "exact"], "kl must be one of"),
+    (["--kl", "exactly"], "kl must be one of"),
     (["--gradient-checkpointing=yes"], "gradient-checkpointing: ignored explicit argument 'yes'"),
     (["--steps", "many"], "--steps: invalid int value"),
     (["--tua", "1"], "unrecognized arguments"),

@@ -13,7 +13,7 @@ if why := why_not("triton"):
 import triton
 import triton.language as tl
 
-from nlhf_kernels.backends.triton import common
+from nlhf_kernels.backends.triton import common, token_rows
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 
@@ -47,12 +47,17 @@ def round_kernel(in_ptr, out_ptr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def softcap_kernel(in_ptr, out_ptr, slope_ptr, cap: tl.float64, SIZE: tl.constexpr):
+def softcap_kernel(in_ptr, out_ptr, cap: tl.float64, SIZE: tl.constexpr):
     lane = tl.arange(0, SIZE)
-    x = tl.load(in_ptr + lane)
     limit = tl.full((), cap, tl.float64).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + lane, common.soft_capped(x, limit))
-    tl.store(slope_ptr + lane, common.soft_capped_slope(x, limit))
+    tl.store(out_ptr + lane, common.soft_capped(tl.load(in_ptr + lane), limit))
+
+
+@triton.jit
+def place_kernel(in_ptr, out_ptr, rate: tl.float64, SIZE: tl.constexpr):
+    lane = tl.arange(0, SIZE)
+    rate = tl.full((), rate, tl.float64).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + lane, token_rows.place_of(tl.load(in_ptr + lane), rate, True))
 
 
 def test_philox_known_answers():
@@ -109,15 +114,56 @@ def test_bfloat16_rounds_to_nearest_even():
 def test_softcap(dtype, tolerance):
     x = torch.cat([torch.linspace(-40, 40, 64), torch.linspace(-1e-2, 1e-2, 60)])
     x = torch.cat([x, torch.tensor([0.0, math.inf, -math.inf, math.nan])]).to(dtype)
-    out, slope = torch.empty_like(x), torch.empty_like(x)
     x = x.to(DEVICE)
-    out, slope = out.to(DEVICE), slope.to(DEVICE)
-    common.launch(softcap_kernel, (1,), out, x, out, slope, 3.0, SIZE=128)
+    out, place = torch.empty_like(x), torch.empty_like(x)
+    common.launch(softcap_kernel, (1,), out, x, out, 3.0, SIZE=128)
     tanh = torch.tanh(x.double() / 3)
     close = {"rtol": tolerance, "atol": 3 * tolerance, "equal_nan": True}
     torch.testing.assert_close(out.double(), 3 * tanh, **close)
-    # the slope of the tail comes out smaller than 1 - tanh^2 can say
-    torch.testing.assert_close(slope.double(), 1 - tanh**2, **close)
+
+    # where a row's kernels find the same number and its slope
+    scale, offset, rate = token_rows.scaling(dtype, 1.0, 3.0)
+    common.launch(place_kernel, (1,), place, x, place, rate, SIZE=128)
+    capped = (scale * place.double() + offset) * math.log(2)
+    torch.testing.assert_close(capped, 3 * tanh, **close)
+    slope = 4 * (place - place * place).double()
+    torch.testing.assert_close(slope, 1 - tanh**2, **close)
+
+
+def test_rows_that_outgrow_their_anchor():
+    """Nothing finite in the first ids, or all mass beyond them: such rows are read again."""
+    ramp = torch.linspace(-100, 100, 4500)
+    gap = torch.randn(4500)
+    gap[:4400] = -torch.inf
+    logits = torch.stack([ramp, ramp.flip(0), gap])
+    ref_logits = torch.stack([ramp.flip(0) / 50, ramp, gap + torch.randn(4500)])
+    tokens = torch.tensor([3, 4400, 4450])
+    logprobs, ref_logprobs, _, kl, lse, ref_lse = token_rows.row_statistics(
+        logits.to(DEVICE), ref_logits.to(DEVICE), tokens.to(DEVICE), None, 0.5, 0.0
+    )
+    policy, ref = logits.double() / 0.5, ref_logits.double() / 0.5
+    p, log_p, log_q = policy.softmax(-1), policy.log_softmax(-1), ref.log_softmax(-1)
+    close = {"rtol": 1e-5, "atol": 5e-6, "check_dtype": False, "check_device": False}
+    torch.testing.assert_close(lse, policy.logsumexp(-1), **close)
+    torch.testing.assert_close(ref_lse, ref.logsumexp(-1), **close)
+    torch.testing.assert_close(kl, (p * (log_p - log_q)).nan_to_num().sum(-1), **close)
+    for got, want in (logprobs, log_p), (ref_logprobs, log_q):
+        torch.testing.assert_close(got, want.gather(-1, tokens[:, None])[:, 0], **close)
+
+
+def test_more_rows_than_an_axis_of_the_grid_takes(monkeypatch):
+    logits, tokens = torch.randn(7, 50, device=DEVICE), torch.arange(7, device=DEVICE)
+    _, entropy, lse = token_rows.row_statistics(logits, None, tokens, None, 1.0, 0.0)
+    found = []
+    for most in (token_rows.MOST_PROGRAMS, 3, 2):
+        monkeypatch.setattr(token_rows, "MOST_PROGRAMS", most)
+        grad = torch.full_like(logits, torch.nan)
+        token_rows.row_gradient(
+            grad, logits, None, tokens, None, lse, None, entropy, None, lse, lse, None, 1.0, 0.0
+        )
+        found.append(grad)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    torch.testing.assert_close(found[2], found[0], rtol=0, atol=0)
 
 
 def test_row_offsets_are_64_bit():

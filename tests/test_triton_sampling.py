@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import nlhf_kernels as nk
-from nlhf_kernels.testing.check import FIELDS, Draw, compare, kept_ids
+from nlhf_kernels.testing.compare import compare
+from nlhf_kernels.testing.draw import FIELDS, Draw, kept_ids
 from tests.conftest import why_not
 
 if why := why_not("triton"):

@@ -28,10 +28,17 @@ def right(op: str, packed: bool = False) -> dict:
         models = {f"{model}_hidden": torch.zeros(B, D) for model in ("policy", "ref")}
         models |= {f"{model}_weight": torch.zeros(V, D) for model in ("policy", "ref")}
         return models | {"mixture_coef": 0.5, "seed": 0, "position": 0}
-    if op == "token_logprobs":
-        return {"logits": logits, "tokens": tokens}
+    if op.startswith("linear_"):
+        first = {"hidden": torch.zeros(B, T, D), "weight": torch.zeros(V, D)}
+        refs = {"ref_hidden": torch.zeros(B, T, D), "ref_weight": torch.zeros(V, D)}
+    else:
+        first, refs = {"logits": logits}, {"ref_logits": logits.clone()}
+    if op.endswith("token_logprobs"):
+        return first | {"tokens": tokens}
+    if op.endswith("token_kl"):
+        return first | refs | {"tokens": tokens}
     loss = {
-        "logits": logits,
+        **first,
         "tokens": tokens,
         "mask": torch.ones(B, T, dtype=torch.bool),
         "preference": torch.zeros(B),
@@ -101,6 +108,28 @@ PER_TOKEN = (
     torch.zeros(B, T, device="meta"),
     0.5,
 )
+MASK = (
+    torch.ones(B, T),
+    torch.ones(B, T + 1).bool(),
+    torch.ones(B, T, device="meta").bool(),
+    0.5,
+)
+TOKEN_HIDDEN = (
+    torch.zeros(D),
+    torch.zeros(B, 1, T, D),
+    torch.zeros(B, T, D, dtype=torch.int64),
+    torch.zeros(B, T, D, dtype=torch.float16),
+    torch.zeros(B, T, D + 1),
+    torch.zeros(B, T, 0),
+    torch.zeros(B, D, T).transpose(1, 2),
+    torch.zeros(B, T, D, device="meta"),
+    [[0.0]],
+    None,
+)
+CHUNKS = {
+    "logit_scale": (NAN, INF, -INF, None, "1", True),
+    "memory_budget": (0, -1, 0.5, NAN, "1", True),
+}
 ABOVE_0 = (0, -1.0, NAN, INF, "1", torch.ones(()), True)
 
 # op -> argument -> values that it must refuse
@@ -121,6 +150,7 @@ WRONG = {
     "token_logprobs": {
         "logits": LOGITS,
         "tokens": TOKENS,
+        "mask": MASK,
         "temperature": ABOVE_0,
         "softcap": ABOVE_0,
         "backend": ("cudnn",),
@@ -128,13 +158,14 @@ WRONG = {
     "pairwise_pg_loss": {
         "logits": (*LOGITS, torch.zeros(B * T, V)),
         "tokens": TOKENS,
-        "mask": (torch.ones(B, T), torch.ones(B, T + 1).bool(), None,
-                 torch.ones(B, T, device="meta").bool()),
+        "mask": (*MASK, None),
         "preference": (torch.zeros(B + 1), torch.zeros(B, 1), torch.zeros(B).long(), 0.5),
-        "tau": (-0.1, NAN, INF, None, torch.ones(())),
-        "ref_logprobs": (*PER_TOKEN, None),
+        # several of them want several anchors
+        "tau": (-0.1, NAN, INF, None, torch.ones(()), (0.1,), (0.1, 0.2), ()),
+        "ref_logprobs": (*PER_TOKEN, None, [], [torch.zeros(B, T)]),
         "policy_logprobs": PER_TOKEN,
         "ref_logits": (torch.zeros(B, T, V),),
+        # without logits of the reference
         "kl": ("exact", "", None, "REWARD_TO_GO"),
         "baseline": (NAN, INF, None),
         "temperature": ABOVE_0,
@@ -143,6 +174,27 @@ WRONG = {
         "backend": ("cudnn",),
     },
 }  # fmt: skip
+WRONG["token_kl"] = WRONG["token_logprobs"] | {
+    "ref_logits": (*LOGITS, torch.zeros(B, T, V + 1), torch.zeros(B, T + 1, V)),
+}
+_HEAD = {"hidden": TOKEN_HIDDEN, "weight": (*WEIGHT, None), "bias": BIAS} | CHUNKS
+_REF_HEAD = {
+    "ref_hidden": (*TOKEN_HIDDEN, torch.zeros(B, T + 1, D)),
+    "ref_weight": (*WEIGHT, torch.zeros(V + 1, D)),
+    "ref_bias": BIAS,
+}
+_SETTINGS = {k: x for k, x in WRONG["token_logprobs"].items() if k != "logits"}
+WRONG["linear_token_logprobs"] = _HEAD | _SETTINGS
+WRONG["linear_token_kl"] = _HEAD | _REF_HEAD | _SETTINGS
+WRONG["linear_pairwise_pg_loss"] = {
+    name: values for name, values in WRONG["pairwise_pg_loss"].items() if "logits" not in name
+} | _HEAD
+# beside ref_logprobs, or without what they belong to
+WRONG["linear_pairwise_pg_loss"] |= {
+    "ref_hidden": (torch.zeros(B, T, D),),
+    "ref_weight": (torch.zeros(V, D),),
+    "ref_bias": (torch.zeros(V),),
+}
 WRONG["linear_mixture_sample"] = {
     "policy_hidden": (*HIDDEN, None),
     "policy_weight": (*WEIGHT, None),
@@ -203,8 +255,55 @@ def test_wrong_input_is_named(name_of_op, packed, name, value):
     others = {"ref_logprobs": "tau|ref_logprobs", "ref_logits": "ref_logits|mixture_coef"}
     others |= {"cu_seqlens": "cu_seqlens|preference", "tokens": "token"}
     others |= {"logits": "logits|tokens|preference"}
+    # what does not go together is named by either
+    others |= {"hidden": "hidden|tokens|weight", "weight": "weight", "tau": "tau|ref_logprobs"}
+    others |= {"ref_weight": "ref_weight|ref_hidden", "ref_bias": "ref_bias"}
     assert re.search(others.get(name, name), said), said
     assert "\n" not in said
+
+
+@pytest.mark.parametrize("name", ["pairwise_pg_loss", "linear_pairwise_pg_loss"])
+def test_what_anchors_and_estimators_need(name):
+    """What is right alone and wrong together."""
+    given, function = right(name), getattr(nk, name)
+    per_token = given.pop("ref_logprobs")
+    refs = {"ref_logits": torch.zeros(B, T, V)}
+    if name.startswith("linear_"):
+        refs = {"ref_hidden": torch.zeros(B, T, D), "ref_weight": torch.zeros(V, D)}
+    ref_name = next(iter(refs))
+    two = {"ref_logprobs": (per_token, per_token), "tau": (0.1, 0.2)}
+    exact = refs | {"kl": "exact"}
+    for good in (refs, two, exact, {"ref_logprobs": [per_token], "tau": [0.1]}, {"tau": 0}):
+        function(**given | good)
+    wrong = [
+        ({}, "tau must be 0 without ref_logprobs"),
+        ({"kl": "exact"}, f"needs {ref_name}"),
+        ({"kl": "exact", "ref_logprobs": per_token}, f"needs {ref_name}"),
+        ({"kl": "exact"} | two, f"needs {ref_name}"),
+        (exact | {"policy_logprobs": per_token}, "no use for policy_logprobs"),
+        (exact | {"ref_logprobs": per_token}, f"give ref_logprobs or {ref_name}"),
+        (exact | {"tau": (0.1, 0.2)}, "tau must be"),
+        (two | {"tau": 0.1}, "tau must be a sequence of 2 numbers"),
+        (two | {"tau": (0.1,)}, "tau must be a sequence of 2 numbers"),
+        (two | {"tau": (0.1, -0.2)}, r"tau\[1\] must be"),
+        (two | {"tau": (NAN, 0.2)}, r"tau\[0\] must be"),
+        (two | {"ref_logprobs": (per_token, per_token[:, 1:])}, r"ref_logprobs\[1\] must be"),
+        ({"ref_logprobs": (), "tau": ()}, "ref_logprobs must hold an anchor"),
+    ]
+    for values, said in wrong:
+        with pytest.raises(ValueError, match=f"^{name}: .*{said}"):
+            function(**given | values)
+
+
+def test_heads_of_a_reference_are_whole():
+    given = right("linear_token_kl")
+    nk.linear_token_kl(**given | {"ref_weight": None})
+    with pytest.raises(ValueError, match="linear_token_kl: ref_bias must be left out"):
+        nk.linear_token_kl(**given | {"ref_weight": None, "ref_bias": torch.zeros(V)})
+    # the policy's head is not as wide as these
+    wide = torch.zeros(B, T, D + 1)
+    with pytest.raises(ValueError, match="linear_token_kl: ref_weight must be"):
+        nk.linear_token_kl(**given | {"ref_weight": None, "ref_hidden": wide})
 
 
 def test_what_is_under_the_mask_is_not_wrong():
@@ -230,7 +329,7 @@ def test_a_reference_is_all_there_or_not_at_all():
         nk.linear_mixture_sample(**given | {"ref_hidden": None, "ref_weight": None})
 
 
-@pytest.mark.parametrize("name", ["token_logprobs", "pairwise_pg_loss"])
+@pytest.mark.parametrize("name", ["token_logprobs", "token_kl", "pairwise_pg_loss"])
 def test_rows_that_share_memory_cannot_hold_gradients(name, target):
     given = {k: v.to(target.device) if torch.is_tensor(v) else v for k, v in right(name).items()}
     given["logits"] = torch.zeros(B, 1, V, device=target.device).expand(B, T, V)

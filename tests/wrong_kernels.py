@@ -9,48 +9,11 @@ import math
 import torch
 
 from nlhf_kernels import eager
+from tests import wrong_losses
 
 TILE = 1024
 
-BUGS = {
-    "token_logprobs": (
-        "half precision inside",
-        "tail columns left out of the sum",
-        "tail columns of the gradient unwritten",
-        "class off by one",
-        "incoming gradient ignored",
-        "temperature forgotten in the backward",
-        "softcap forgotten in the backward",
-        "sign of the entropy's gradient",
-        "no shift by the maximum",
-        "0 * -inf in the entropy",
-        "outputs in the dtype of the logits",
-        "float32 for float64",
-        "last row unwritten",
-        "strides ignored",
-        "writes into the logits",
-        "writes beside the gradient in place",
-        "bf16 truncated",
-    ),
-    "pairwise_pg_loss": (
-        "half precision inside",
-        "mask ignored",
-        "mask ignored in the backward",
-        "masked rows of the gradient unwritten",
-        "suffix sum exclusive",
-        "prefix sum",
-        "sums run across packed sequences",
-        "sequence taken for reward_to_go",
-        "mean over tokens",
-        "baseline forgotten",
-        "tau forgotten",
-        "supplied log-probabilities ignored",
-        "incoming gradient ignored",
-        "class off by one",
-        "temperature forgotten in the backward",
-        "sign of the loss",
-        "kl in the wrong direction",
-    ),
+BUGS = wrong_losses.BUGS | {
     "mixture_sample": (
         "coefficient swapped",
         "coefficient of the first row for all",
@@ -106,156 +69,11 @@ BUGS = {
 }
 
 
-class Kernels:
-    def __init__(self, bug: str):
-        self.bug = bug
-
+class Kernels(wrong_losses.LossKernels):
     def table(self) -> dict:
         """Name of raw op -> function, for the fixture ``plant``."""
-        names = ("mixture_sample_fwd", "linear_mixture_sample_fwd", "token_logprobs_fwd",
-                 "token_logprobs_bwd", "pairwise_pg_loss_fwd", "pairwise_pg_loss_bwd")  # fmt: skip
+        names = ("mixture_sample_fwd", "linear_mixture_sample_fwd", *wrong_losses.RAW)
         return {name: getattr(self, name) for name in names}
-
-    # ---- log-probabilities
-
-    def scores(self, logits, temperature, softcap):
-        if self.bug == "strides ignored" and logits.dim() == 2:
-            logits = logits.as_strided(logits.shape, (logits.shape[1], 1))
-        z = logits.to(eager.statistics_dtype(logits))
-        if self.bug == "half precision inside":
-            z = z.bfloat16().to(z.dtype)
-        if self.bug == "float32 for float64":
-            z = z.float()
-        x = softcap * torch.tanh(z / softcap) if softcap else z
-        return x / temperature
-
-    def token_logprobs_fwd(self, logits, tokens, temperature, softcap):
-        s = self.scores(logits, temperature, softcap)
-        if self.bug == "writes into the logits":
-            logits.sub_(1)
-        whole = s
-        if self.bug == "tail columns left out of the sum" and s.shape[-1] > TILE:
-            whole = s[..., : s.shape[-1] // TILE * TILE]
-        top = s.amax(-1, keepdim=True)
-        if self.bug == "no shift by the maximum":
-            top = torch.zeros_like(top)
-        log_total = (whole - top).exp().sum(-1, keepdim=True).log()
-        if self.bug == "class off by one":
-            tokens = (tokens + 1).clamp(max=s.shape[-1] - 1)
-        logprobs = s - top - log_total
-        p, d = logprobs.exp(), s - top
-        product = p * d
-        if self.bug != "0 * -inf in the entropy":
-            product = product.masked_fill(p == 0, 0)
-        entropy = log_total[..., 0] - product.sum(-1)
-        logprobs = logprobs.gather(-1, tokens[..., None])[..., 0]
-        lse = (log_total + top)[..., 0]
-        results = [logprobs, entropy, lse]
-        if self.bug == "last row unwritten":
-            results = [torch.empty_like(x).copy_(x) for x in results]
-            results[0].view(-1)[-1:] = torch.empty(min(1, results[0].numel()))
-        wanted = eager.statistics_dtype(logits)
-        if self.bug == "outputs in the dtype of the logits":
-            wanted = logits.dtype
-        return tuple(x.to(wanted) for x in results)
-
-    def slope(self, logits, temperature, softcap):
-        z = logits.to(eager.statistics_dtype(logits))
-        slope = torch.ones_like(z)
-        if softcap and self.bug != "softcap forgotten in the backward":
-            slope = 1 - torch.tanh(z / softcap) ** 2
-        forgotten = self.bug == "temperature forgotten in the backward"
-        return slope if forgotten else slope / temperature
-
-    def token_logprobs_bwd(self, grad_logits, logits, tokens, lse, entropy, grad_logprobs,
-                           grad_entropy, temperature, softcap):  # fmt: skip
-        s = self.scores(logits, temperature, softcap)
-        p = (s - lse[..., None]).exp()
-        if self.bug == "incoming gradient ignored":
-            grad_logprobs, grad_entropy = torch.ones_like(lse), torch.ones_like(lse)
-        if self.bug == "class off by one":
-            tokens = (tokens + 1).clamp(max=s.shape[-1] - 1)
-        delta = torch.zeros_like(p).scatter_(-1, tokens[..., None], 1)
-        of_entropy = p * (s - lse[..., None] + entropy[..., None])
-        of_entropy = of_entropy.masked_fill(p == 0, 0) * grad_entropy[..., None]
-        if self.bug == "sign of the entropy's gradient":
-            of_entropy = -of_entropy
-        grad = grad_logprobs[..., None] * (delta - p) - of_entropy
-        grad = grad * self.slope(logits, temperature, softcap)
-        if self.bug == "bf16 truncated" and logits.dtype == torch.bfloat16:
-            grad = (grad.float().view(torch.int32) & -65536).view(torch.float32)
-        stop = grad.shape[-1]
-        if self.bug == "tail columns of the gradient unwritten" and stop > TILE:
-            stop = stop // TILE * TILE
-        grad_logits[..., :stop].copy_(grad[..., :stop])
-        if self.bug == "writes beside the gradient in place" and grad_logits.stride(-2) > stop:
-            size = (*grad_logits.shape[:-1], stop + 1)
-            grad_logits.as_strided(size, grad_logits.stride())[..., -1] = 0
-
-    # ---- loss
-
-    def pairwise_pg_loss_fwd(self, logits, tokens, mask, preference, ref_logprobs, policy_logprobs,
-                             cu_seqlens, tau, kl, baseline, temperature, softcap):  # fmt: skip
-        if self.bug == "mask ignored":
-            mask = torch.ones_like(mask)
-        V = logits.shape[-1]
-        clean = torch.where(mask[..., None], logits, 0)
-        safe = torch.where(mask, tokens, 0).clamp(0, V - 1)
-        logprobs, entropy, lse = (
-            x.where(mask, 0) for x in self.token_logprobs_fwd(clean, safe, temperature, softcap)
-        )
-        ell = logprobs.new_empty(0)
-        if self.bug == "baseline forgotten":
-            baseline = 0.0
-        B = len(preference)
-        offsets = None if cu_seqlens is None else cu_seqlens.tolist()
-        if offsets is None:
-            spans = [(b, slice(None)) for b in range(B)]
-        else:
-            spans = [slice(offsets[b], offsets[b + 1]) for b in range(B)]
-        coef = torch.zeros_like(logprobs)
-        if ref_logprobs is not None:
-            given = policy_logprobs is None or self.bug == "supplied log-probabilities ignored"
-            ell = ((logprobs if given else policy_logprobs) - ref_logprobs).where(mask, 0)
-            if self.bug == "kl in the wrong direction":
-                ell = -ell
-        sums = self.sums(ell, kl)
-        for b, span in enumerate(spans):
-            advantage = preference[b] - baseline
-            if ref_logprobs is not None and tau and self.bug != "tau forgotten":
-                across = self.bug == "sums run across packed sequences"
-                advantage = advantage - tau * (sums[span] if across else self.sums(ell[span], kl))
-            count = mask[span].sum() if self.bug == "mean over tokens" else 1
-            coef[span] = -advantage / (B * count)
-        coef = coef.where(mask, 0)
-        if self.bug == "sign of the loss":
-            coef = -coef
-        loss = (coef * logprobs).where(coef != 0, 0).sum()
-        return loss, logprobs, entropy, ell, lse, coef
-
-    def sums(self, ell, kl):
-        if kl == "token":
-            return ell
-        if kl == "sequence" or self.bug == "sequence taken for reward_to_go":
-            return ell.sum(-1, keepdim=True).expand_as(ell)
-        if self.bug == "prefix sum":
-            return ell.cumsum(-1)
-        suffix = ell.flip(-1).cumsum(-1).flip(-1)
-        return suffix - ell if self.bug == "suffix sum exclusive" else suffix
-
-    def pairwise_pg_loss_bwd(self, grad_logits, logits, tokens, mask, lse, coef, grad_loss,
-                             temperature, softcap):  # fmt: skip
-        seen = torch.ones_like(mask) if self.bug == "mask ignored in the backward" else mask
-        clean = torch.where(seen[..., None], logits, 0)
-        safe = torch.where(mask, tokens, 0).clamp(0, logits.shape[-1] - 1)
-        scale = coef if self.bug == "incoming gradient ignored" else coef * grad_loss
-        grad = torch.empty_like(clean)
-        zero = torch.zeros_like(lse)
-        self.token_logprobs_bwd(grad, clean, safe, lse, zero, scale, zero, temperature, softcap)
-        if self.bug == "masked rows of the gradient unwritten":
-            grad_logits[mask] = grad[mask]
-        else:
-            grad_logits.copy_(torch.where(seen[..., None], grad, 0))
 
     # ---- sampling
 

@@ -5,10 +5,34 @@ struct Lanes {
   using F = __m256;
   using M = __m256;
   static constexpr int kWidth = 8;
+  // whether multiply_add rounds once
+  static constexpr bool kFused = true;
 
   static NLHF_INLINE F all(float x) { return _mm256_set1_ps(x); }
   static NLHF_INLINE F load(const float* x) { return _mm256_loadu_ps(x); }
+  static NLHF_INLINE F load(const BFloat16* x) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  static NLHF_INLINE F load(const Float16* x) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+  }
   static NLHF_INLINE void store(float* out, F x) { _mm256_storeu_ps(out, x); }
+  static NLHF_INLINE void store(BFloat16* out, F x) {
+    const __m256i bits = _mm256_castps_si256(x), high = _mm256_srli_epi32(bits, 16);
+    const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+    const __m256i nan = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+    const __m256i wide = _mm256_blendv_epi8(rounded, nan, _mm256_castps_si256(unordered(x)));
+    // packing keeps to the two halves of a register
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(wide, wide), 0xD8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(packed));
+  }
+  static NLHF_INLINE void store(Float16* out, F x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
+                     _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
   static NLHF_INLINE F add(F x, F y) { return _mm256_add_ps(x, y); }
   static NLHF_INLINE F subtract(F x, F y) { return _mm256_sub_ps(x, y); }
   static NLHF_INLINE F multiply(F x, F y) { return _mm256_mul_ps(x, y); }

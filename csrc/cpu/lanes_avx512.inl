@@ -5,10 +5,33 @@ struct Lanes {
   using F = __m512;
   using M = __mmask16;
   static constexpr int kWidth = 16;
+  // whether multiply_add rounds once
+  static constexpr bool kFused = true;
 
   static NLHF_INLINE F all(float x) { return _mm512_set1_ps(x); }
   static NLHF_INLINE F load(const float* x) { return _mm512_loadu_ps(x); }
+  static NLHF_INLINE F load(const BFloat16* x) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  static NLHF_INLINE F load(const Float16* x) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+  }
   static NLHF_INLINE void store(float* out, F x) { _mm512_storeu_ps(out, x); }
+  static NLHF_INLINE void store(BFloat16* out, F x) {
+    const __m512i bits = _mm512_castps_si512(x), high = _mm512_srli_epi32(bits, 16);
+    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+    const __m512i nan = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
+    const M is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    const __m256i out_bits = _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, nan));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), out_bits);
+  }
+  static NLHF_INLINE void store(Float16* out, F x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                        _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
   static NLHF_INLINE F add(F x, F y) { return _mm512_add_ps(x, y); }
   static NLHF_INLINE F subtract(F x, F y) { return _mm512_sub_ps(x, y); }
   static NLHF_INLINE F multiply(F x, F y) { return _mm512_mul_ps(x, y); }

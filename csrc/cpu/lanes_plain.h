@@ -11,6 +11,8 @@ namespace nlhf {
 template <class T>
 struct PlainLanes {
   static constexpr int kWidth = 8;
+  // whether multiply_add rounds once
+  static constexpr bool kFused = false;
   using S = T;
   struct F {
     S lane[kWidth];

@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <stdexcept>
 
 #include "common/simd.h"
 #include "cpu/lanes_plain.h"
+#include "cpu/tile_level.h"
 
 namespace nlhf {
 namespace {
@@ -49,66 +49,18 @@ Mixture<S> Mixture<S>::of(bool has_ref, S coef, S temperature, bool wants_max) {
   return {mix, 1 - coef, coef, std::min(scale, std::numeric_limits<S>::max()), wants_max};
 }
 
-namespace {
-
-struct Level {
-  const char* name;
-  const TileKernels<float>* kernels;
-};
-
-const std::vector<Level>& levels() {
-  static const std::vector<Level> found = [] {
-    std::vector<Level> levels;
-#if defined(NLHF_X86_REGIONS)
-    if (__builtin_cpu_supports("x86-64-v4"))
-      levels.push_back({"avx512", &avx512::Dispatch<avx512::Lanes>::kernels});
-    if (__builtin_cpu_supports("x86-64-v3"))
-      levels.push_back({"avx2", &avx2::Dispatch<avx2::Lanes>::kernels});
-#endif
-    levels.push_back({"plain", &plain::Dispatch<PlainLanes<float>>::kernels});
-    return levels;
-  }();
-  return found;
-}
-
-const TileKernels<float>*& chosen() {
-  static const TileKernels<float>* kernels = levels().front().kernels;
-  return kernels;
-}
-
-}  // namespace
-
 template <>
 const TileKernels<float>& tile_kernels<float>() {
-  return *chosen();
+#if defined(NLHF_X86_REGIONS)
+  if (tile_level() == TileLevel::avx512) return avx512::Dispatch<avx512::Lanes>::kernels;
+  if (tile_level() == TileLevel::avx2) return avx2::Dispatch<avx2::Lanes>::kernels;
+#endif
+  return plain::Dispatch<PlainLanes<float>>::kernels;
 }
 
 template <>
 const TileKernels<double>& tile_kernels<double>() {
   return plain::Dispatch<PlainLanes<double>>::kernels;
-}
-
-std::vector<std::string> tile_levels() {
-  std::vector<std::string> names;
-  for (const Level& level : levels()) names.push_back(level.name);
-  return names;
-}
-
-bool uses_avx512() {
-#if defined(NLHF_X86_REGIONS)
-  return chosen() == &avx512::Dispatch<avx512::Lanes>::kernels;
-#else
-  return false;
-#endif
-}
-
-void use_tile_level(const std::string& name) {
-  for (const Level& level : levels()) {
-    if (name != level.name) continue;
-    chosen() = level.kernels;
-    return;
-  }
-  throw std::invalid_argument("use_tile_level: this machine has no level \"" + name + "\"");
 }
 
 template struct Mixture<float>;

@@ -4,8 +4,6 @@
 
 #include <cstdint>
 #include <limits>
-#include <string>
-#include <vector>
 
 #include "cpu/tile.h"
 
@@ -94,12 +92,5 @@ struct TileKernels {
 // For this machine, and this process.
 template <class S>
 const TileKernels<S>& tile_kernels();
-
-// The levels of float that this machine has, the one that is used first; and another choice, for
-// tests.
-std::vector<std::string> tile_levels();
-void use_tile_level(const std::string& name);
-// Whether the level in use is AVX-512's.
-bool uses_avx512();
 
 }  // namespace nlhf

@@ -2,19 +2,17 @@
 
 #include <algorithm>
 
-#include "common/philox.h"
 #include "common/simd.h"
-#include "cpu/mixture_tile.h"
+#include "cpu/tile.h"
+#include "cpu/tile_level.h"
 
 namespace nlhf {
 namespace {
 
-// counters at a time: their words stay in the first-level cache
-constexpr int64_t kBatch = 256;
+constexpr int64_t kBatch = kPhiloxBatch;
 
-// Philox of n counters that differ in one word: counter[varying] + 0, 1, ... In lanes of 64 bits,
-// where a product of two words has room; what lies above a word is left there and never read.
-// Returns words 0 and 1 of each counter as a number, and words 2 and 3.
+// In lanes of 64 bits, where a product of two words has room; what lies above a word is left there
+// and never read.
 NLHF_CLONES void philox_plain(Words counter, int varying, int64_t n, int64_t seed, uint64_t* low,
                               uint64_t* high) {
   constexpr uint64_t kWord = 0xFFFFFFFFu;
@@ -74,13 +72,17 @@ __attribute__((target("arch=x86-64-v4"))) void philox_avx512(Words counter, int 
 }
 #endif
 
-// n is at most kBatch
-void philox(Words counter, int varying, int64_t n, int64_t seed, uint64_t* low, uint64_t* high) {
+}  // namespace
+
+void philox_batch(Words counter, int varying, int64_t n, int64_t seed, uint64_t* low,
+                  uint64_t* high) {
 #if defined(NLHF_X86_REGIONS)
-  if (uses_avx512()) return philox_avx512(counter, varying, n, seed, low, high);
+  if (tile_level() == TileLevel::avx512) return philox_avx512(counter, varying, n, seed, low, high);
 #endif
   philox_plain(counter, varying, n, seed, low, high);
 }
+
+namespace {
 
 NLHF_CLONES void to_gumbel(const uint32_t* words, int64_t n, float* out) {
   constexpr float kTop = 1.0f - 1.0f / (1 << 24);
@@ -107,7 +109,8 @@ void Noise::of_tiles(int64_t first, int64_t n, S* out) const {
   uint32_t words[kBatch];
   for (int64_t start = 0; start < n; start += kBatch) {
     const int64_t count = std::min(kBatch, n - start);
-    philox({{position, static_cast<uint32_t>(first + start), 1, 0}}, 1, count, seed, low, high);
+    philox_batch({{position, static_cast<uint32_t>(first + start), 1, 0}}, 1, count, seed, low,
+                 high);
     for (int64_t i = 0; i < count; ++i) words[i] = static_cast<uint32_t>(low[i]);
     to_gumbel(words, count, out + start);
   }
@@ -119,7 +122,7 @@ void Noise::of_lanes(int64_t tile, int64_t n, S* out) const {
   const int64_t blocks = (n + 3) / 4;
   uint64_t low[kBatch], high[kBatch];
   uint32_t words[4 * kBatch];
-  philox({{position, static_cast<uint32_t>(tile), 2, 0}}, 3, blocks, seed, low, high);
+  philox_batch({{position, static_cast<uint32_t>(tile), 2, 0}}, 3, blocks, seed, low, high);
   for (int64_t i = 0; i < blocks; ++i) {
     words[4 * i] = static_cast<uint32_t>(low[i]);
     words[4 * i + 1] = static_cast<uint32_t>(low[i] >> 32);

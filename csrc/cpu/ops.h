@@ -20,6 +20,8 @@ struct Logits {
     const int64_t offset = n / steps * batch_stride + n % steps * step_stride;
     return data + offset * element_size(dtype);
   }
+  // of the memory between the first row and the last
+  char* end() const { return rows ? row(rows - 1) + vocab * element_size(dtype) : data; }
 };
 
 // One value for all rows, or one per row.
@@ -30,6 +32,10 @@ struct PerRow {
 
   T operator[](int64_t n) const { return rows ? rows[n] : value; }
 };
+
+// A token of another part of the vocabulary: it has no logit here, and its log-probability a
+// gradient.
+constexpr int64_t kElsewhere = -(int64_t{1} << 62);
 
 template <class S>
 struct ScoreSettings {
@@ -86,47 +92,73 @@ struct Head {
 void linear_mixture_sample(const Head& policy, const std::optional<Head>& ref, float softcap,
                            const MixtureSampleIn<float>& in, const MixtureSampleOut<float>& out);
 
+// What is under the mask (optional) is not read: its statistics are 0, and so is its gradient.
 template <class S>
-void token_logprobs(const Logits& logits, const int64_t* tokens, ScoreSettings<S> settings,
-                    S* logprobs, S* entropy, S* lse);
+struct TokenLogprobsOut {
+  S *logprobs, *entropy, *lse;
+};
+
+template <class S>
+void token_logprobs(const Logits& logits, const int64_t* tokens, const bool* mask,
+                    ScoreSettings<S> settings, const TokenLogprobsOut<S>& out);
+
+template <class S>
+struct TokenLogprobsGradIn {
+  const S *lse, *entropy;  // entropy is optional, as grad_entropy
+  const S *grad_logprobs, *grad_entropy;
+};
 
 // grad may be the memory of logits itself.
 template <class S>
 void token_logprobs_grad(const Logits& grad, const Logits& logits, const int64_t* tokens,
-                         const S* lse, const S* entropy, const S* grad_logprobs,
-                         const S* grad_entropy, ScoreSettings<S> settings);
-
-enum class KlSum { reward_to_go, sequence, token };
+                         const bool* mask, const TokenLogprobsGradIn<S>& in,
+                         ScoreSettings<S> settings);
 
 template <class S>
-struct PairwisePgLossIn {
-  const int64_t* tokens;
-  const bool* mask;
+struct TokenKlOut {
+  S *logprobs, *ref_logprobs, *entropy, *kl, *lse, *ref_lse;
+};
+
+template <class S>
+void token_kl(const Logits& policy, const Logits& ref, const int64_t* tokens, const bool* mask,
+              ScoreSettings<S> settings, const TokenKlOut<S>& out);
+
+template <class S>
+struct TokenKlGradIn {
+  const S *lse, *ref_lse, *entropy, *kl;  // entropy is optional, as grad_entropy
+  const S *grad_logprobs, *grad_entropy, *grad_kl;
+};
+
+// grad may be the memory of policy itself.
+template <class S>
+void token_kl_grad(const Logits& grad, const Logits& policy, const Logits& ref,
+                   const int64_t* tokens, const bool* mask, const TokenKlGradIn<S>& in,
+                   ScoreSettings<S> settings);
+
+// Which costs a token answers for: its own and all later ones, those after its own, all of its
+// sequence, its own.
+enum class KlSum { reward_to_go, exact, sequence, token };
+
+template <class S>
+struct PairwisePgCoefIn {
+  const S* logprobs;
+  const S* cost;     // optional
+  const bool* mask;  // optional
   const S* preference;
-  const S* ref_logprobs;      // optional
-  const S* policy_logprobs;   // optional
-  const int64_t* cu_seqlens;  // optional; without it every sequence has N / B rows
-  int64_t sequences;
-  S tau, baseline;
+  const int64_t* cu_seqlens;  // optional; without it every sequence has tokens / sequences
+  const S* later;             // optional: costs after the end of each sequence
+  int64_t tokens, sequences;
   KlSum kl;
+  S baseline;
 };
 
 template <class S>
-struct PairwisePgLossOut {
-  S *loss, *logprobs, *entropy;
-  S* kl;  // written only with ref_logprobs
-  S *lse, *coef;
+struct PairwisePgCoefOut {
+  S *loss, *coef, *sums;
 };
 
-// Throws std::invalid_argument if cu_seqlens does not run from 0 to N.
+// Throws std::invalid_argument if cu_seqlens does not run from 0 to the number of tokens.
 template <class S>
-void pairwise_pg_loss(const Logits& logits, const PairwisePgLossIn<S>& in,
-                      ScoreSettings<S> settings, const PairwisePgLossOut<S>& out);
-
-// grad may be the memory of logits itself.
-template <class S>
-void pairwise_pg_loss_grad(const Logits& grad, const Logits& logits, const int64_t* tokens,
-                           const bool* mask, const S* lse, const S* coef, S grad_loss,
-                           ScoreSettings<S> settings);
+void pairwise_pg_coef(const PairwisePgCoefIn<S>& in, const PairwisePgCoefOut<S>& out);
 
 }  // namespace nlhf

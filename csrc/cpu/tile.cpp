@@ -1,23 +1,88 @@
 #include "cpu/tile.h"
 
-#include <cassert>
+#include <algorithm>
 #include <cmath>
 #include <limits>
-#include <type_traits>
+
+#include "common/simd.h"
+#include "cpu/tile_level.h"
 
 namespace nlhf {
 namespace {
 
-template <class T, class S>
-NLHF_CLONES void convert_in(const T* row, int64_t n, S* x) {
+namespace plain {
+
+template <class T>
+void convert_in(const T* row, int64_t n, float* x) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) x[i] = static_cast<S>(to_float(row[i]));
+  for (int64_t i = 0; i < n; ++i) x[i] = to_float(row[i]);
 }
 
 template <class T>
-NLHF_CLONES void convert_out(const float* x, int64_t n, T* row) {
+void convert_out(const float* x, int64_t n, T* row) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) from_float(x[i], row[i]);
+}
+
+}  // namespace plain
+
+#if defined(NLHF_X86_REGIONS)
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4")
+namespace avx512 {
+#include "cpu/eight_floats.inl"
+#include "cpu/lanes_avx512.inl"
+#include "cpu/tile.inl"
+}  // namespace avx512
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+namespace avx2 {
+#include "cpu/eight_floats.inl"
+#include "cpu/lanes_avx2.inl"
+#include "cpu/tile.inl"
+}  // namespace avx2
+#pragma GCC pop_options
+#endif
+
+template <class T>
+void convert_in(const T* row, int64_t n, float* x) {
+#if defined(NLHF_X86_REGIONS)
+  if (tile_level() == TileLevel::avx512) return avx512::convert_in(row, n, x);
+  if (tile_level() == TileLevel::avx2) return avx2::convert_in(row, n, x);
+#endif
+  plain::convert_in(row, n, x);
+}
+
+template <class T>
+void convert_out(const float* x, int64_t n, T* row) {
+#if defined(NLHF_X86_REGIONS)
+  if (tile_level() == TileLevel::avx512) return avx512::convert_out(x, n, row);
+  if (tile_level() == TileLevel::avx2) return avx2::convert_out(x, n, row);
+#endif
+  plain::convert_out(x, n, row);
+}
+
+// for a float64 reference next to a policy of fewer bits
+template <class T>
+void convert_in(const T* row, int64_t n, double* x) {
+  for (int64_t i = 0; i < n; ++i) x[i] = to_float(row[i]);
+}
+
+// Of the two floats around x the one whose last bit is odd: rounding it again, to fewer bits, gives
+// what rounding x would.
+float to_odd(double x) {
+  float y = static_cast<float>(x);
+  if (y == x || std::isnan(x)) return y;
+  if (std::fabs(static_cast<double>(y)) > std::fabs(x)) y = std::nextafter(y, 0.0f);
+  return bit_cast<float>(bit_cast<uint32_t>(y) | 1u);
+}
+
+// for gradients whose statistics are those of a float64 reference
+template <class T>
+void convert_out(const double* x, int64_t n, T* row) {
+  for (int64_t i = 0; i < n; ++i) from_float(to_odd(x[i]), row[i]);
 }
 
 template <class T>
@@ -39,8 +104,11 @@ void load(const char* row, DType dtype, int64_t start, int64_t n, S* x) {
       return convert_in(at<Float16>(row, start), n, x);
     case DType::bfloat16:
       return convert_in(at<BFloat16>(row, start), n, x);
-    case DType::float32:
-      return convert_in(at<float>(row, start), n, x);
+    case DType::float32: {
+      const float* from = at<float>(row, start);
+      std::copy(from, from + n, x);
+      return;
+    }
     case DType::float64:
       for (int64_t i = 0; i < n; ++i) x[i] = static_cast<S>(at<double>(row, start)[i]);
   }
@@ -48,20 +116,18 @@ void load(const char* row, DType dtype, int64_t start, int64_t n, S* x) {
 
 template <class S>
 void store(const S* x, int64_t n, char* row, DType dtype, int64_t start) {
-  if constexpr (std::is_same_v<S, double>) {
-    assert(dtype == DType::float64);
-    std::memcpy(at<double>(row, start), x, n * sizeof(double));
-  } else {
-    switch (dtype) {
-      case DType::float16:
-        return convert_out(x, n, at<Float16>(row, start));
-      case DType::bfloat16:
-        return convert_out(x, n, at<BFloat16>(row, start));
-      case DType::float32:
-        return convert_out(x, n, at<float>(row, start));
-      case DType::float64:
-        assert(false);
+  switch (dtype) {
+    case DType::float16:
+      return convert_out(x, n, at<Float16>(row, start));
+    case DType::bfloat16:
+      return convert_out(x, n, at<BFloat16>(row, start));
+    case DType::float32: {
+      float* to = at<float>(row, start);
+      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(x[i]);
+      return;
     }
+    case DType::float64:
+      std::copy(x, x + n, at<double>(row, start));
   }
 }
 
@@ -71,50 +137,6 @@ NLHF_CLONES S maximum(const S* x, int64_t n) {
 #pragma omp simd reduction(max : top)
   for (int64_t i = 0; i < n; ++i) top = x[i] > top ? x[i] : top;
   return top;
-}
-
-template <class S>
-NLHF_CLONES S exp_sum(const S* x, int64_t n, S shift, S divisor) {
-  S sum = 0;
-  // the division costs as much as the exponential, and by 1 it changes nothing
-  if (divisor == 1) {
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; ++i) sum += exponential(x[i] - shift);
-  } else {
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; ++i) sum += exponential((x[i] - shift) / divisor);
-  }
-  return sum;
-}
-
-template <class S>
-NLHF_CLONES Moments<S> exp_moments(const S* x, int64_t n, S shift) {
-  S sum = 0, weighted = 0;
-#pragma omp simd reduction(+ : sum, weighted)
-  for (int64_t i = 0; i < n; ++i) {
-    const S below = x[i] - shift;
-    const S e = exponential(below);
-    sum += e;
-    weighted += e > 0 ? e * below : S(0);
-  }
-  return {sum, weighted};
-}
-
-template <class S>
-NLHF_CLONES void mix(S* policy, const S* ref, int64_t n, S policy_coef, S ref_coef) {
-  constexpr S never = -std::numeric_limits<S>::infinity();
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const S mixed = policy_coef * policy[i] + ref_coef * ref[i];
-    const S kept = ref[i] == never ? never : mixed;
-    policy[i] = policy[i] == never ? never : kept;
-  }
-}
-
-template <class S>
-NLHF_CLONES void divide(S* x, int64_t n, S divisor) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) x[i] /= divisor;
 }
 
 template <class S>
@@ -138,29 +160,12 @@ NLHF_CLONES void softcap(S* x, int64_t n, S cap, S* slope) {
   }
 }
 
-template <class S>
-NLHF_CLONES void softmax_gradient(S* x, int64_t n, S lse, S entropy, S grad_logprob,
-                                  S grad_entropy) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const S log_p = x[i] - lse;
-    const S p = exponential(log_p);
-    const S gradient = -p * (grad_logprob + grad_entropy * (log_p + entropy));
-    x[i] = p == 0 ? S(0) : gradient;
-  }
-}
-
 #define NLHF_INSTANTIATE(S)                                         \
   template void load<S>(const char*, DType, int64_t, int64_t, S*);  \
   template void store<S>(const S*, int64_t, char*, DType, int64_t); \
   template S maximum<S>(const S*, int64_t);                         \
-  template S exp_sum<S>(const S*, int64_t, S, S);                   \
-  template Moments<S> exp_moments<S>(const S*, int64_t, S);         \
-  template void mix<S>(S*, const S*, int64_t, S, S);                \
-  template void divide<S>(S*, int64_t, S);                          \
   template void multiply<S>(S*, int64_t, const S*);                 \
-  template void softcap<S>(S*, int64_t, S, S*);                     \
-  template void softmax_gradient<S>(S*, int64_t, S, S, S, S)
+  template void softcap<S>(S*, int64_t, S, S*)
 NLHF_INSTANTIATE(float);
 NLHF_INSTANTIATE(double);
 #undef NLHF_INSTANTIATE

@@ -59,100 +59,115 @@ def linear_mixture_sample_fwd(
 
 
 def token_logprobs_fwd(
-    logits: Tensor, tokens: Tensor, temperature: float, softcap: float
+    logits: Tensor, tokens: Tensor, mask: Tensor | None, temperature: float, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logprobs, entropy, lse: each the shape of ``tokens``."""
     dtype = _statistics_dtype(logits)
-    tokens = tokens.contiguous()
-    logprobs, entropy, lse = _empty(logits, 3, tokens.shape, dtype)
+    outputs = _empty(logits, 3, tokens.shape, dtype)
+    small = _contiguous(tokens, mask)
     _ops(dtype).token_logprobs(
-        _view(logits),
-        _address(tokens),
-        temperature,
-        softcap,
-        _address(logprobs),
-        _address(entropy),
-        _address(lse),
+        _view(logits), *map(_address, small), temperature, softcap, *map(_address, outputs)
     )
-    return logprobs, entropy, lse
+    return tuple(outputs)
 
 
 def token_logprobs_bwd(
     grad_logits: Tensor,
     logits: Tensor,
     tokens: Tensor,
+    mask: Tensor | None,
     lse: Tensor,
-    entropy: Tensor,
+    entropy: Tensor | None,
     grad_logprobs: Tensor,
-    grad_entropy: Tensor,
+    grad_entropy: Tensor | None,
     temperature: float,
     softcap: float,
 ) -> None:
-    """Writes ``grad_logits``, which may be ``logits``."""
-    small = [x.contiguous() for x in (tokens, lse, entropy, grad_logprobs, grad_entropy)]
+    """Writes ``grad_logits``, which may be ``logits``; rows under the mask get 0."""
+    small = _contiguous(tokens, mask, lse, entropy, grad_logprobs, grad_entropy)
     _ops(lse.dtype).token_logprobs_grad(
         _view(grad_logits), _view(logits), *map(_address, small), temperature, softcap
     )
 
 
-def pairwise_pg_loss_fwd(
+def token_kl_fwd(
     logits: Tensor,
+    ref_logits: Tensor,
     tokens: Tensor,
-    mask: Tensor,
-    preference: Tensor,
-    ref_logprobs: Tensor | None,
-    policy_logprobs: Tensor | None,
-    cu_seqlens: Tensor | None,
-    tau: float,
-    kl: str,
-    baseline: float,
+    mask: Tensor | None,
     temperature: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (); logprobs, entropy, kl ((0,) without ref), lse, coef of the shape of ``tokens``."""
-    dtype = _statistics_dtype(logits)
-    small = [
-        None if x is None else x.contiguous()
-        for x in (tokens, mask, preference, ref_logprobs, policy_logprobs, cu_seqlens)
-    ]
-    (loss,) = _empty(logits, 1, (), dtype)
-    logprobs, entropy, lse, coef = _empty(logits, 4, tokens.shape, dtype)
-    kl_terms = logits.new_empty(0 if ref_logprobs is None else tokens.shape, dtype=dtype)
-    _ops(dtype).pairwise_pg_loss(
+    """logprobs, ref_logprobs, entropy, kl, lse, ref_lse: each the shape of ``tokens``."""
+    dtype = _statistics_dtype(logits, ref_logits)
+    outputs = _empty(logits, 6, tokens.shape, dtype)
+    small = _contiguous(tokens, mask)
+    _ops(dtype).token_kl(
         _view(logits),
+        _view(ref_logits),
         *map(_address, small),
-        len(preference),
-        tau,
-        kl,
-        baseline,
         temperature,
         softcap,
-        *map(_address, (loss, logprobs, entropy, kl_terms, lse, coef)),
+        *map(_address, outputs),
     )
-    return loss, logprobs, entropy, kl_terms, lse, coef
+    return tuple(outputs)
 
 
-def pairwise_pg_loss_bwd(
+def token_kl_bwd(
     grad_logits: Tensor,
     logits: Tensor,
+    ref_logits: Tensor,
     tokens: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     lse: Tensor,
-    coef: Tensor,
-    grad_loss: Tensor,
+    ref_lse: Tensor,
+    entropy: Tensor | None,
+    kl: Tensor,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    grad_kl: Tensor,
     temperature: float,
     softcap: float,
 ) -> None:
     """Writes ``grad_logits``, which may be ``logits``; rows under the mask get 0."""
-    small = [x.contiguous() for x in (tokens, mask, lse, coef)]
-    _ops(lse.dtype).pairwise_pg_loss_grad(
+    small = _contiguous(
+        tokens, mask, lse, ref_lse, entropy, kl, grad_logprobs, grad_entropy, grad_kl
+    )
+    _ops(lse.dtype).token_kl_grad(
         _view(grad_logits),
         _view(logits),
+        _view(ref_logits),
         *map(_address, small),
-        grad_loss.item(),
         temperature,
         softcap,
     )
+
+
+def pairwise_pg_coef_fwd(
+    logprobs: Tensor,
+    cost: Tensor | None,
+    mask: Tensor | None,
+    preference: Tensor,
+    cu_seqlens: Tensor | None,
+    later: Tensor | None,
+    kl: str,
+    baseline: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss (), coef of the shape of ``logprobs``, sums of the shape of ``preference``."""
+    dtype = logprobs.dtype
+    (loss,) = _empty(logprobs, 1, (), dtype)
+    (coef,) = _empty(logprobs, 1, logprobs.shape, dtype)
+    (sums,) = _empty(logprobs, 1, preference.shape, dtype)
+    small = _contiguous(logprobs, cost, mask, preference, cu_seqlens, later)
+    _ops(dtype).pairwise_pg_coef(
+        *map(_address, small),
+        logprobs.numel(),
+        len(preference),
+        kl,
+        baseline,
+        *map(_address, (loss, coef, sums)),
+    )
+    return loss, coef, sums
 
 
 def skinny_linear_fwd(input: Tensor, weight: Tensor) -> Tensor:
@@ -168,6 +183,53 @@ def skinny_linear_fwd(input: Tensor, weight: Tensor) -> Tensor:
     return output
 
 
+def pair_loss_fwd(
+    logprobs: Tensor,
+    other_logprobs: Tensor,
+    anchor_logprobs: Tensor,
+    other_anchor_logprobs: Tensor,
+    preference: Tensor,
+    other_preference: Tensor | None,
+    weights: list[float],
+    form: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss (); margins and the gradients at both log-probabilities (B,). All of one dtype."""
+    tensors = (logprobs, other_logprobs, anchor_logprobs, other_anchor_logprobs, preference)
+    small = [x.contiguous() for x in tensors]
+    other = None if other_preference is None else other_preference.contiguous()
+    loss = logprobs.new_empty(())
+    outputs = [loss, *(logprobs.new_empty(logprobs.shape) for _ in range(3))]
+    _ops(logprobs.dtype).pair_loss(
+        *map(_address, (*small, other)),
+        weights,
+        len(logprobs),
+        form,
+        scale,
+        *map(_address, outputs),
+    )
+    return tuple(outputs)
+
+
+def ema_update__fwd(
+    ema: list[Tensor],
+    params: list[Tensor],
+    decay: float,
+    decay_tensor: Tensor | None,
+    seed: int | None,
+    seed_tensor: Tensor | None,
+) -> None:
+    """Writes ``ema``; a tensor, where there is one, is taken for the number before it."""
+    _native.ema_update(
+        [
+            (x.data_ptr(), p.data_ptr(), x.numel(), _CODES[x.dtype], _CODES[p.dtype])
+            for x, p in zip(ema, params, strict=True)
+        ],
+        decay if decay_tensor is None else decay_tensor.item(),
+        seed if seed_tensor is None else seed_tensor.item(),
+    )
+
+
 def _statistics_dtype(*logits: Tensor | None) -> torch.dtype:
     for x in logits:
         if x is not None and x.dtype == torch.float64:
@@ -177,6 +239,10 @@ def _statistics_dtype(*logits: Tensor | None) -> torch.dtype:
 
 def _ops(statistics_dtype: torch.dtype):
     return _native.float64 if statistics_dtype == torch.float64 else _native.float32
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in tensors]
 
 
 def _empty(like: Tensor, count: int, shape, dtype: torch.dtype) -> list[Tensor]:

@@ -49,6 +49,34 @@ def define_backward(op: str, arguments: str) -> None:
     define(f"{op}_bwd_(Tensor(a!) logits, {arguments}) -> ()", in_place, lambda *_: None)
 
 
+def backward(op: str, inplace: bool, logits: Tensor, *arguments) -> Tensor:
+    """The gradient of the logits by a raw op, over them or beside them."""
+    if not inplace:
+        return getattr(torch.ops.nlhf, f"{op}_bwd")(logits, *arguments)
+    grad = logits.detach()
+    getattr(torch.ops.nlhf, f"{op}_bwd_")(grad, *arguments)
+    return grad
+
+
+def call(raw_op: str, body: Callable, part, *arguments):
+    """A raw op; its body itself where ranks share the vocabulary, which no schema can hold."""
+    if part is None:
+        return getattr(torch.ops.nlhf, raw_op)(*arguments)
+    return body(*arguments, part=part)
+
+
+def plain(x: Tensor) -> torch.autocast:
+    """Within it autocast does not round what is multiplied."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def given(grad: Tensor | None, like: Tensor | None = None) -> Tensor | None:
+    """What autograd hands over as kernels take it; zeros like ``like`` if nothing came."""
+    if grad is not None:
+        return grad.contiguous()
+    return None if like is None else torch.zeros_like(like)
+
+
 def require(condition: bool, op: str, message: str) -> None:
     if not condition:
         raise ValueError(f"{op}: {message}")
@@ -88,6 +116,16 @@ def check_matrix(
         raise ValueError(f"{op}: {name} is on the meta device: give it a real tensor")
 
 
+def check_ref_logits(op: str, ref_logits: Tensor, logits: Tensor) -> None:
+    check_logits(op, "ref_logits", ref_logits, dims=(logits.dim(),))
+    same = ref_logits.shape == logits.shape and ref_logits.device == logits.device
+    if not same:
+        raise ValueError(
+            f"{op}: ref_logits must have the shape and device of logits, got "
+            f"{describe(ref_logits)} beside {describe(logits)}"
+        )
+
+
 def check_tensor(
     op: str, name: str, x: Tensor, shape: tuple, dtypes: tuple, device: torch.device
 ) -> None:
@@ -118,12 +156,25 @@ def check_softcap(op: str, softcap: float | None) -> None:
         check_number(op, "softcap", softcap, 1e-30, LARGEST, "above 0 (1e-30) and finite, or None")
 
 
-def check_inplace(op: str, logits: Tensor) -> None:
+def wants_inplace(op: str, logits: Tensor, inplace_backward: bool) -> bool:
     """Rows that share their memory, as ``expand`` makes them, cannot hold their own gradients."""
+    if not inplace_backward or torch.compiler.is_compiling():
+        return False
     shared = any(k == 0 and n > 1 for n, k in zip(logits.shape, logits.stride(), strict=True))
     require(
         not shared, op, "inplace_backward needs logits whose rows do not share memory: clone them"
     )
+    return True
+
+
+MASKS = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_tokens(op: str, tokens: Tensor, mask: Tensor | None, logits: Tensor) -> None:
+    """One token, and one number of the mask, for each row of logits or hidden states."""
+    check_tensor(op, "tokens", tokens, logits.shape[:-1], (torch.int64,), logits.device)
+    if mask is not None:
+        check_tensor(op, "mask", mask, logits.shape[:-1], MASKS, logits.device)
 
 
 def check_token_ids(op: str, tokens: Tensor, mask: Tensor | None, V: int) -> None:
@@ -152,6 +203,11 @@ class WriteBack(torch.autograd.Function):
         # reading the saved tensor is what raises on a second backward: copy_ bumps its version
         (logits,) = ctx.saved_tensors
         return logits.detach().copy_(grad)
+
+
+def kept(mask: Tensor | None) -> Tensor | None:
+    """The mask as kernels take it."""
+    return None if mask is None else (mask != 0).contiguous()
 
 
 def resolve(op: str, logits: Tensor, backend: str, features: tuple[str, ...] = ()) -> str:

@@ -4,10 +4,11 @@
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from nlhf_kernels import eager, registry
 from nlhf_kernels.eager import MixtureSample
-from nlhf_kernels.ops import common, sampling
+from nlhf_kernels.ops import common, sampling, vocabulary
 
 OP = "linear_mixture_sample"
 # by type of device: where a product with the head has more rows (two for each draw if the models
@@ -131,6 +132,7 @@ def linear_mixture_sample(
     position: int | Tensor,
     check: bool = False,
     extrapolate: bool = False,
+    group: ProcessGroup | None = None,
     backend: str = "",
 ) -> MixtureSample:
     _check_model("policy", policy_hidden, policy_weight, policy_bias)
@@ -176,9 +178,9 @@ def linear_mixture_sample(
     if backend == "eager" and not torch.compiler.is_compiling():
         result = eager.linear_mixture_sample(
             policy_hidden, policy_weight, ref_hidden, ref_weight,
-            policy_bias=policy_bias, ref_bias=ref_bias, softcap=softcap, **values,
+            policy_bias=policy_bias, ref_bias=ref_bias, softcap=softcap, group=group, **values,
         )  # fmt: skip
-    elif fused and few:
+    elif fused and few and group is None:
         if shared:
             heads[4] = None
         parameters = sampling.arguments(values, _FUSED, B, dtype)
@@ -187,7 +189,10 @@ def linear_mixture_sample(
         )
         result = MixtureSample(*outputs)
     else:
-        result = sampling.draw(*_logits(*heads, shared, softcap, dtype), values, backend)
+        logits = _logits(*heads, shared, softcap, dtype)
+        if group is not None:
+            logits = (None if x is None else vocabulary.gathered(OP, x, group) for x in logits)
+        result = sampling.draw(*logits, values, backend)
     if check:
         sampling.check_rows(OP, result)
     return result

@@ -2,10 +2,11 @@
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from nlhf_kernels import eager, registry
 from nlhf_kernels.eager import MixtureSample
-from nlhf_kernels.ops import common, sampling
+from nlhf_kernels.ops import common, sampling, vocabulary
 
 OP = "mixture_sample"
 
@@ -45,6 +46,7 @@ def mixture_sample(
     position: int | Tensor,
     check: bool = False,
     extrapolate: bool = False,
+    group: ProcessGroup | None = None,
     backend: str = "",
 ) -> MixtureSample:
     common.check_logits(OP, "policy_logits", policy_logits, dims=(2,))
@@ -67,6 +69,9 @@ def mixture_sample(
     check = check and not torch.compiler.is_compiling()
     sampling.check_parameters(OP, values, policy_logits, extrapolate, look=check)
     backend = common.resolve(OP, policy_logits, backend, sampling.features(values))
+    if group is not None:
+        policy_logits = vocabulary.gathered(OP, policy_logits, group)
+        ref_logits = None if ref_logits is None else vocabulary.gathered(OP, ref_logits, group)
     result = sampling.draw(policy_logits, ref_logits, values, backend)
     if check:
         sampling.check_rows(OP, result)

@@ -1,107 +1,86 @@
-"""Contract of ``pairwise_pg_loss``."""
+"""Contract of ``pairwise_pg_loss``: statistics of the rows, coefficients per token, gradient."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from nlhf_kernels import eager, registry
 from nlhf_kernels.eager import PairwisePGLoss
-from nlhf_kernels.ops import common
+from nlhf_kernels.ops import common, pg, vocabulary
 
 OP = "pairwise_pg_loss"
-KL = ("reward_to_go", "sequence", "token")
 
 
-def _forward(*arguments):
+def _coef(*arguments):
     *arguments, backend = arguments
-    return registry.load(f"{OP}_fwd", backend)(*arguments)
+    return registry.load("pairwise_pg_coef_fwd", backend)(*arguments)
 
 
-def _forward_fake(logits, tokens, mask, preference, ref_logprobs, *arguments):
-    dtype = eager.statistics_dtype(logits)
-    shape = tokens.shape
-    kl_shape = (0,) if ref_logprobs is None else shape
-    shapes = ((), shape, shape, kl_shape, shape, shape)
-    return tuple(logits.new_empty(s, dtype=dtype) for s in shapes)
+def _coef_fake(logprobs, cost, mask, preference, *_):
+    return logprobs.new_empty(()), torch.empty_like(logprobs), torch.empty_like(preference)
 
 
+# loss, coef, sums of the cost of each sequence
 common.define(
-    f"{OP}_fwd(Tensor logits, Tensor tokens, Tensor mask, Tensor preference, Tensor? ref_logprobs,"
-    " Tensor? policy_logprobs, Tensor? cu_seqlens, float tau, str kl, float baseline,"
-    " float temperature, float softcap, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-)
-common.define_backward(
-    OP,
-    "Tensor tokens, Tensor mask, Tensor lse, Tensor coef, Tensor grad_loss,"
-    " float temperature, float softcap, str backend",
+    "pairwise_pg_coef_fwd(Tensor logprobs, Tensor? cost, Tensor? mask, Tensor preference,"
+    " Tensor? cu_seqlens, Tensor? later, str kl, float baseline, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _coef,
+    _coef_fake,
 )
 
 
 class _PairwisePGLoss(torch.autograd.Function):
+    """With the exact KL if there are logits of the reference, else with log-ratios."""
+
     @staticmethod
-    def forward(ctx, inplace, logits, tokens, mask, *arguments):
-        loss, logprobs, entropy, kl, lse, coef = torch.ops.nlhf.pairwise_pg_loss_fwd(
-            logits, tokens, mask, *arguments
-        )
-        ctx.save_for_backward(logits, tokens, mask, lse, coef)
-        ctx.settings = arguments[-3:]
-        ctx.inplace = inplace
-        ctx.others = len(arguments)
-        ctx.mark_non_differentiable(logprobs, entropy, kl)
-        return loss, logprobs, entropy, kl
+    def forward(
+        ctx, logits, ref_logits, tokens, mask, preference, refs, policy_logprobs, cu_seqlens,
+        terms, part, inplace, *settings,
+    ):  # fmt: skip
+        ids = tokens if part is None else part.ids(tokens)
+        exact = ref_logits is not None
+        ref_lse = None
+        if exact:
+            found = torch.ops.nlhf.token_kl_fwd(logits, ref_logits, ids, mask, *settings)
+            found = vocabulary.whole_kl(part, tokens, mask, *found)
+            logprobs, refs, entropy, kl, lse, ref_lse = found
+        else:
+            found = torch.ops.nlhf.token_logprobs_fwd(logits, ids, mask, *settings)
+            logprobs, entropy, lse = vocabulary.whole(part, tokens, mask, *found)
+            current = logprobs if policy_logprobs is None else policy_logprobs
+            kl = None if refs is None else torch.where(mask, current - refs, 0)
+        loss, coef, _ = torch.ops.nlhf.pairwise_pg_coef_fwd(
+            logprobs, terms.cost(kl), mask, preference, cu_seqlens, None, terms.kl,
+            terms.baseline, settings[-1],
+        )  # fmt: skip
+        weight = terms.kl_weight(len(preference))
+        if weight:
+            loss = loss + weight * kl.sum()
+        ctx.save_for_backward(logits, ref_logits, ids, mask, lse, ref_lse, coef, kl)
+        ctx.settings = settings
+        ctx.inplace, ctx.weight = inplace, weight
+        # two, as torch.compile cannot trace one tensor that is returned twice
+        refs = refs if exact else logprobs.new_empty(0)
+        results = (logprobs, refs, entropy, logprobs.new_empty(0) if kl is None else kl)
+        ctx.mark_non_differentiable(*results)
+        return loss, *results
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, *_):
-        logits, *saved = ctx.saved_tensors
-        if ctx.inplace:
-            grad = logits.detach()
-            torch.ops.nlhf.pairwise_pg_loss_bwd_(grad, *saved, grad_loss, *ctx.settings)
+        logits, ref_logits, tokens, mask, lse, ref_lse, coef, kl = ctx.saved_tensors
+        grads = (coef * grad_loss, None)
+        if ctx.weight:
+            grad_kl = (ctx.weight * grad_loss).expand_as(kl).contiguous()
+            arguments = (ref_logits, tokens, mask, lse, ref_lse, None, kl, *grads, grad_kl)
+            grad = common.backward("token_kl", ctx.inplace, logits, *arguments, *ctx.settings)
         else:
-            grad = torch.ops.nlhf.pairwise_pg_loss_bwd(logits, *saved, grad_loss, *ctx.settings)
-        return None, grad, None, None, *[None] * ctx.others
-
-
-def _check(logits, tokens, mask, preference, cu_seqlens, per_token: dict) -> None:
-    common.check_logits(OP, "logits", logits, dims=(2, 3))
-    packed = cu_seqlens is not None
-    common.require(
-        packed == (logits.dim() == 2),
-        OP,
-        "logits must be (B, T, V), or (N, V) together with cu_seqlens, got "
-        f"{common.describe(logits)} {'with' if packed else 'without'} cu_seqlens",
-    )
-    shape, device = logits.shape[:-1], logits.device
-    ints = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-    common.check_tensor(OP, "tokens", tokens, shape, (torch.int64,), device)
-    common.check_tensor(OP, "mask", mask, shape, (torch.bool, *ints), device)
-    for name, x in per_token.items():
-        if x is not None:
-            common.check_tensor(OP, name, x, shape, common.FLOATS, device)
-    B = shape[0]
-    if packed:
-        common.require(
-            isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 and len(cu_seqlens) > 0,
-            OP,
-            f"cu_seqlens must be int32 or int64 (B + 1,), got {common.describe(cu_seqlens)}",
-        )
-        common.check_tensor(
-            OP, "cu_seqlens", cu_seqlens, cu_seqlens.shape, (torch.int32, torch.int64), device
-        )
-        B = len(cu_seqlens) - 1
-        _check_offsets(cu_seqlens, shape[0])
-    common.check_tensor(OP, "preference", preference, (B,), common.FLOATS, device)
-    common.check_token_ids(OP, tokens, mask, logits.shape[-1])
-
-
-def _check_offsets(cu_seqlens: Tensor, N: int) -> None:
-    """On the CPU, where looking costs nothing: the offsets rise from 0 to N."""
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    good = cu_seqlens[0] == 0 and cu_seqlens[-1] == N and bool((cu_seqlens.diff() >= 0).all())
-    common.require(good, OP, f"cu_seqlens must rise from 0 to N = {N}, got {cu_seqlens.tolist()}")
+            arguments = (tokens, mask, lse, None, *grads, *ctx.settings)
+            grad = common.backward("token_logprobs", ctx.inplace, logits, *arguments)
+        return grad, *[None] * (10 + len(ctx.settings))
 
 
 def pairwise_pg_loss(
@@ -110,8 +89,8 @@ def pairwise_pg_loss(
     mask: Tensor,
     preference: Tensor,
     *,
-    tau: float,
-    ref_logprobs: Tensor | None = None,
+    tau: float | Sequence[float],
+    ref_logprobs: Tensor | Sequence[Tensor] | None = None,
     ref_logits: Tensor | None = None,
     policy_logprobs: Tensor | None = None,
     kl: str = "reward_to_go",
@@ -120,37 +99,22 @@ def pairwise_pg_loss(
     softcap: float | None = None,
     cu_seqlens: Tensor | None = None,
     inplace_backward: bool = False,
+    group: ProcessGroup | None = None,
     backend: str = "",
 ) -> PairwisePGLoss:
-    per_token = {"ref_logprobs": ref_logprobs, "policy_logprobs": policy_logprobs}
-    _check(logits, tokens, mask, preference, cu_seqlens, per_token)
-    common.require(kl in KL, OP, f"kl must be one of {', '.join(KL)}, got {kl!r}")
-    common.check_number(OP, "tau", tau, 0, common.LARGEST, "at least 0 and finite")
-    high = common.LARGEST
-    common.check_number(OP, "baseline", baseline, -high, high, "a finite number")
+    common.check_logits(OP, "logits", logits, dims=(2, 3))
+    pg.check(
+        OP, "logits", logits, tokens, mask, preference, cu_seqlens, tau, ref_logprobs,
+        "ref_logits", ref_logits is not None, policy_logprobs, kl, baseline,
+    )  # fmt: skip
     common.check_scaling(OP, temperature, softcap)
-    common.require(
-        ref_logprobs is None or ref_logits is None, OP, "give ref_logprobs or ref_logits, not both"
-    )
-    common.require(
-        tau == 0 or ref_logprobs is not None or ref_logits is not None,
-        OP,
-        f"tau must be 0 without ref_logprobs or ref_logits, got {tau!r}",
-    )
     if ref_logits is not None:
-        common.check_logits(OP, "ref_logits", ref_logits, dims=(logits.dim(),))
-        same = ref_logits.shape == logits.shape and ref_logits.device == logits.device
-        common.require(
-            same,
-            OP,
-            f"ref_logits must have the shape and device of logits, got "
-            f"{common.describe(ref_logits)} beside {common.describe(logits)}",
-        )
-    inplace = inplace_backward and not torch.compiler.is_compiling()
-    if inplace:
-        common.check_inplace(OP, logits)
-
+        common.check_ref_logits(OP, ref_logits, logits)
+        ref_logits = ref_logits.detach()
+    inplace = common.wants_inplace(OP, logits, inplace_backward)
     backend = common.resolve(OP, logits, backend)
+    part = vocabulary.part_of(OP, group, logits)
+    common.check_token_ids(OP, tokens, mask, part.V if part else logits.shape[-1])
     if backend == "eager":
         return eager.pairwise_pg_loss(
             common.WriteBack.apply(logits) if inplace else logits,
@@ -159,45 +123,43 @@ def pairwise_pg_loss(
             preference,
             tau=tau,
             ref_logprobs=ref_logprobs,
-            ref_logits=None if ref_logits is None else ref_logits.detach(),
+            ref_logits=ref_logits,
             policy_logprobs=policy_logprobs,
             kl=kl,
             baseline=baseline,
             temperature=temperature,
             softcap=softcap,
             cu_seqlens=cu_seqlens,
+            group=group,
         )
 
-    dtype = eager.statistics_dtype(logits)
-    mask = (mask != 0).contiguous()
-    tokens = tokens.contiguous()
+    exact = kl == "exact"
+    dtype = eager.statistics_dtype(logits, ref_logits if exact else None)
+    mask, tokens = common.kept(mask), tokens.contiguous()
     settings = (float(temperature), float(softcap or 0), backend)
-    if ref_logits is not None:
-        # ids under the mask may be anything; their rows are computed in vain and cut below
-        safe = torch.where(mask, tokens, 0)
-        ref_logprobs = torch.ops.nlhf.token_logprobs_fwd(ref_logits.detach(), safe, *settings)[0]
-
-    def prepared(x):
-        return None if x is None else torch.where(mask, x.detach().to(dtype), 0)
-
-    ref_logprobs = prepared(ref_logprobs)
-    loss, logprobs, entropy, kl_tokens = _PairwisePGLoss.apply(
-        inplace,
+    if ref_logits is not None and not exact:
+        ids = tokens if part is None else part.ids(tokens)
+        if dtype == torch.float64:
+            # beside float64 a narrower reference counts as exact
+            ref_logits = ref_logits.to(dtype)
+        found = torch.ops.nlhf.token_logprobs_fwd(ref_logits, ids, mask, *settings)
+        ref_logprobs = vocabulary.whole(part, tokens, mask, *found)[0]
+    refs = pg.prepared(ref_logprobs, mask, dtype)
+    loss, logprobs, ref_logprobs, entropy, ell = _PairwisePGLoss.apply(
         logits,
+        ref_logits if exact else None,
         tokens,
         mask,
         preference.detach().to(dtype).contiguous(),
-        ref_logprobs,
-        prepared(policy_logprobs),
+        refs,
+        pg.prepared(policy_logprobs, mask, dtype),
         None if cu_seqlens is None else cu_seqlens.to(torch.int64),
-        float(tau),
-        kl,
-        float(baseline),
+        pg.Terms(kl, tau, float(baseline)),
+        part,
+        inplace,
         *settings,
     )
-    if ref_logprobs is None:
-        ref_logprobs = logprobs.new_empty(0)
-    return PairwisePGLoss(loss, logprobs, ref_logprobs, entropy, kl_tokens)
+    return PairwisePGLoss(loss, logprobs, ref_logprobs if refs is None else refs, entropy, ell)
 
 
 pairwise_pg_loss.__doc__ = eager.pairwise_pg_loss.__doc__

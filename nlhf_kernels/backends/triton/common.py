@@ -1,4 +1,4 @@
-"""What the Triton kernels share: launching, arithmetic, random numbers, the two row kernels.
+"""What the Triton kernels share: launching, arithmetic, searching, random numbers.
 
 Conventions of every kernel here: logits are converted to the statistics dtype (float32, or float64
 for float64) right after the load, statistics are shifted by a maximum before the division by the
@@ -20,8 +20,7 @@ UINT32 = 0xFFFFFFFF
 # of a search: a round narrows the range to a part
 PIVOTS = tl.constexpr(8)
 
-# ids per step of the row kernels, and the warps that share them: 16 float32 a thread
-BLOCK = 2048
+# of the row kernels
 WARPS = 4
 
 
@@ -70,89 +69,15 @@ def row_layout(logits):
     return B * T, max(T, 1), logits.stride(0), logits.stride(1)
 
 
-def row_statistics(logits, tokens, mask, temperature, softcap):
-    """(logprobs, entropy, lse), each of tokens' shape; 0 in the rows that ``mask`` leaves out."""
-    rows, length, batch_stride, row_stride = row_layout(logits)
-    outputs = [
-        torch.empty(tokens.shape, dtype=statistics_dtype(logits), device=logits.device)
-        for _ in range(3)
-    ]
-    if rows:
-        launch(
-            row_statistics_kernel,
-            (rows,),
-            logits,
-            logits,
-            tokens.contiguous(),
-            None if mask is None else mask.contiguous().view(torch.uint8),
-            *outputs,
-            batch_stride,
-            row_stride,
-            length,
-            logits.shape[-1],
-            temperature,
-            softcap,
-            SOFTCAP=softcap != 0,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
-        )
-    return outputs
-
-
-def row_gradient(
-    grad_logits,
-    logits,
-    tokens,
-    mask,
-    lse,
-    entropy,
-    grad_logprobs,
-    grad_entropy,
-    grad_scale,
-    temperature,
-    softcap,
-):
-    """Write the gradient; ``grad_scale``, one number on the device, scales ``grad_logprobs``."""
-    rows, length, batch_stride, row_stride = row_layout(logits)
-    _, _, grad_batch_stride, grad_row_stride = row_layout(grad_logits)
-    if not rows:
-        return
-    vocab = logits.shape[-1]
-    launch(
-        row_gradient_kernel,
-        (rows, triton.cdiv(vocab, BLOCK)),
-        logits,
-        grad_logits,
-        logits,
-        tokens.contiguous(),
-        None if mask is None else mask.contiguous().view(torch.uint8),
-        lse,
-        entropy,
-        grad_logprobs,
-        grad_entropy,
-        grad_scale,
-        grad_batch_stride,
-        grad_row_stride,
-        batch_stride,
-        row_stride,
-        length,
-        vocab,
-        temperature,
-        softcap,
-        SOFTCAP=softcap != 0,
-        BLOCK=BLOCK,
-        num_warps=WARPS,
-    )
-
-
 # ---- arithmetic
 
 
 @triton.jit
 def row_offset(row, length, batch_stride, row_stride):
     """Where row ``row`` of (B, T, V) logits starts, in elements."""
-    row = row.to(tl.int64)
-    return row // length * batch_stride + row % length * row_stride
+    # a division of 64 bits costs as much as several ids
+    entry = row // length
+    return entry.to(tl.int64) * batch_stride + (row - entry * length).to(tl.int64) * row_stride
 
 
 @triton.jit
@@ -191,18 +116,11 @@ def soft_capped(x, cap):
 
 
 @triton.jit
-def soft_capped_slope(x, cap):
-    """1 - tanh(x / cap)^2, in a form that does not cancel."""
-    t = tl.exp(-2.0 * tl.abs(x / cap))
-    return 4.0 * t / ((1.0 + t) * (1.0 + t))
-
-
-@triton.jit
 def rounded_to(x, dtype: tl.constexpr):
     """``x`` in the dtype of the output, rounded to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:
         # the interpreter truncates, and loses subnormal numbers: round the bits by hand
-        bits = x.to(tl.uint32, bitcast=True)
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         up = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         # a NaN's payload must not carry into the sign or vanish
         up = tl.where(x == x, up, 0x7FC0)
@@ -293,137 +211,3 @@ def gumbel(x, dtype: tl.constexpr):
         series = series * u + 1.0
         exponential = tl.where(u < 0.125, series * u, exponential)
     return -tl.log(exponential)
-
-
-# ---- the row kernels
-
-
-@triton.jit(do_not_specialize=["length"])
-def row_statistics_kernel(
-    logits_ptr,
-    tokens_ptr,
-    mask_ptr,
-    logprobs_ptr,
-    entropy_ptr,
-    lse_ptr,
-    batch_stride,
-    row_stride,
-    length,
-    vocab,
-    temperature: tl.float64,
-    softcap: tl.float64,
-    SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One row per program: log-probability of its token, entropy and log-sum-exp, in one read.
-
-    Online: ``total`` and ``weighted`` are the sums of exp(d) and d * exp(d), d the tempered
-    distance to the running maximum ``top``.
-    """
-    dtype: tl.constexpr = lse_ptr.dtype.element_ty
-    row = tl.program_id(0)
-    divisor = tl.full((), temperature, tl.float64).to(dtype)
-    cap = tl.full((), softcap, tl.float64).to(dtype)
-    keep = True
-    stop = vocab
-    if mask_ptr is not None:
-        keep = tl.load(mask_ptr + row) != 0
-        # nothing of a row under the mask is read
-        stop = tl.where(keep, vocab, 0)
-    logits_ptr += row_offset(row, length, batch_stride, row_stride)
-
-    top = tl.full((), float("-inf"), dtype)
-    total = tl.full((), 0.0, dtype)
-    weighted = tl.full((), 0.0, dtype)
-    for start in range(0, stop, BLOCK):
-        ids = start + tl.arange(0, BLOCK)
-        inside = ids < vocab
-        x = tl.load(logits_ptr + ids, mask=inside, other=0).to(dtype)
-        if SOFTCAP:
-            x = soft_capped(x, cap)
-        x = tl.where(inside, x, float("-inf"))
-        higher = tl.maximum(top, largest(x, 0))
-        shift = shift_of(higher)
-        down = (top - shift) / divisor
-        factor = tl.exp(down)
-        d = (x - shift) / divisor
-        e = tl.exp(d)
-        # where the factor is 0 there is nothing to carry, and 0 * inf must not be formed
-        carried = tl.where(factor == 0, 0.0, factor * (weighted + total * down))
-        weighted = carried + tl.sum(tl.where(d == float("-inf"), 0.0, e * d), 0)
-        total = total * factor + tl.sum(e, 0)
-        top = higher
-
-    token = tl.load(tokens_ptr + row, mask=keep, other=-1)
-    known = (token >= 0) & (token < vocab)
-    x = tl.load(logits_ptr + tl.where(known, token, 0), mask=known, other=0).to(dtype)
-    if SOFTCAP:
-        x = soft_capped(x, cap)
-    log_total = tl.log(total)
-    logprob = tl.where(known, (x - top) / divisor - log_total, float("nan"))
-    tl.store(logprobs_ptr + row, tl.where(keep, logprob, 0.0))
-    tl.store(entropy_ptr + row, tl.where(keep, log_total - weighted / total, 0.0))
-    tl.store(lse_ptr + row, tl.where(keep, top / divisor + log_total, 0.0))
-
-
-@triton.jit(do_not_specialize=["length"])
-def row_gradient_kernel(
-    grad_ptr,
-    logits_ptr,
-    tokens_ptr,
-    mask_ptr,
-    lse_ptr,
-    entropy_ptr,
-    grad_logprobs_ptr,
-    grad_entropy_ptr,
-    grad_scale_ptr,
-    grad_batch_stride,
-    grad_row_stride,
-    batch_stride,
-    row_stride,
-    length,
-    vocab,
-    temperature: tl.float64,
-    softcap: tl.float64,
-    SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One block of one row per program: g (delta - p) - h p (log p + H), through the scaling.
-
-    No program reads what another writes, so the gradient may overwrite the logits.
-    """
-    dtype: tl.constexpr = lse_ptr.dtype.element_ty
-    row = tl.program_id(0)
-    divisor = tl.full((), temperature, tl.float64).to(dtype)
-    cap = tl.full((), softcap, tl.float64).to(dtype)
-    ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    keep = True
-    stop = vocab
-    if mask_ptr is not None:
-        keep = tl.load(mask_ptr + row) != 0
-        # nothing of a row under the mask is read
-        stop = tl.where(keep, vocab, 0)
-    wanted = ids < stop
-    logits_ptr += row_offset(row, length, batch_stride, row_stride)
-    grad_ptr += row_offset(row, length, grad_batch_stride, grad_row_stride)
-
-    token = tl.load(tokens_ptr + row, mask=keep, other=-1)
-    g = tl.load(grad_logprobs_ptr + row)
-    if grad_scale_ptr is not None:
-        g *= tl.load(grad_scale_ptr)
-    g = tl.where((token >= 0) & (token < vocab), g, 0.0)
-    z = tl.load(logits_ptr + ids, mask=wanted, other=0).to(dtype)
-    x = z
-    if SOFTCAP:
-        x = soft_capped(z, cap)
-    logp = x / divisor - tl.load(lse_ptr + row)
-    p = tl.exp(logp)
-    grad = g * (tl.where(ids == token, 1.0, 0.0) - p)
-    if grad_entropy_ptr is not None:
-        h = tl.load(grad_entropy_ptr + row)
-        grad -= h * tl.where(p == 0, 0.0, p * (logp + tl.load(entropy_ptr + row)))
-    grad = grad / divisor
-    if SOFTCAP:
-        grad *= soft_capped_slope(z, cap)
-    grad = tl.where(wanted, grad, 0.0)
-    tl.store(grad_ptr + ids, rounded_to(grad, grad_ptr.dtype.element_ty), mask=ids < vocab)

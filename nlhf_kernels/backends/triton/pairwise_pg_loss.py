@@ -1,103 +1,80 @@
-"""``pairwise_pg_loss`` on Triton: row statistics, one small program per sequence, row gradient."""
+"""The sequence part of ``pairwise_pg_loss`` on Triton: one small program per sequence."""
 
 import torch
 import triton
 import triton.language as tl
 
 from nlhf_kernels.backends.triton import common
+from nlhf_kernels.backends.triton.token_rows import bytes_of, plain
 
 # tokens per step of the walk over a sequence
 STEP = 1024
-SUFFIX, WHOLE, SINGLE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-_SUMS = {"reward_to_go": SUFFIX.value, "sequence": WHOLE.value, "token": SINGLE.value}
+SUFFIX, BEYOND, WHOLE, SINGLE = (tl.constexpr(x) for x in range(4))
+_SUMS = {
+    "reward_to_go": SUFFIX.value,
+    "exact": BEYOND.value,
+    "sequence": WHOLE.value,
+    "token": SINGLE.value,
+}
 
 
-def pairwise_pg_loss_fwd(
-    logits,
-    tokens,
-    mask,
-    preference,
-    ref_logprobs,
-    policy_logprobs,
-    cu_seqlens,
-    tau,
-    kl,
-    baseline,
-    temperature,
-    softcap,
-):
-    logprobs, entropy, lse = common.row_statistics(logits, tokens, mask, temperature, softcap)
+def pairwise_pg_coef_fwd(logprobs, cost, mask, preference, cu_seqlens, later, kl, baseline):
     B = preference.shape[0]
     # a packed batch may end before its rows do, and those rows have no coefficient
-    coef = torch.zeros_like(lse) if cu_seqlens is not None else torch.empty_like(lse)
-    ell = lse.new_empty(0) if ref_logprobs is None else torch.zeros_like(lse)
-    losses = lse.new_empty(B)
+    new = torch.empty_like if cu_seqlens is None else torch.zeros_like
+    coef = new(logprobs, memory_format=torch.contiguous_format)
+    losses, sums = logprobs.new_empty(B), logprobs.new_empty(B)
     if B:
         common.launch(
             sequence_coefficient_kernel,
             (B,),
-            logits,
             logprobs,
-            _plain(policy_logprobs),
-            _plain(ref_logprobs),
-            mask.contiguous().view(torch.uint8),
+            logprobs.contiguous(),
+            plain(cost),
+            bytes_of(mask),
             preference.contiguous(),
-            _plain(cu_seqlens),
+            plain(cu_seqlens),
+            plain(later),
             coef,
-            ell,
             losses,
-            tokens.shape[-1],
+            sums,
+            logprobs.shape[-1],
             B,
-            tau,
             baseline,
             SUMS=_SUMS[kl],
             STEP=STEP,
             num_warps=common.WARPS,
         )
-    return losses.sum(), logprobs, entropy, ell, lse, coef
-
-
-def _plain(x):
-    return None if x is None else x.contiguous()
-
-
-def pairwise_pg_loss_bwd(
-    grad_logits, logits, tokens, mask, lse, coef, grad_loss, temperature, softcap
-):
-    common.row_gradient(
-        grad_logits, logits, tokens, mask, lse, None, coef, None, grad_loss, temperature, softcap
-    )
+    return losses.sum(), coef, sums
 
 
 @triton.jit
-def log_ratio(logprobs_ptr, policy_ptr, ref_ptr, place, keep):
-    """log policy - log ref of the tokens at ``place``, 0 for those that are not kept."""
-    if policy_ptr is not None:
-        policy = tl.load(policy_ptr + place, mask=keep, other=0)
+def kept(mask_ptr, place, inside):
+    """Which of the tokens at ``place`` count; those that are not ``inside`` do not."""
+    if mask_ptr is not None:
+        return tl.load(mask_ptr + place, mask=inside, other=0) != 0
     else:
-        policy = tl.load(logprobs_ptr + place, mask=keep, other=0)
-    return tl.where(keep, policy - tl.load(ref_ptr + place, mask=keep, other=0), 0.0)
+        return inside
 
 
 @triton.jit(do_not_specialize=["length", "batch"])
 def sequence_coefficient_kernel(
     logprobs_ptr,
-    policy_ptr,
-    ref_ptr,
+    cost_ptr,
     mask_ptr,
     preference_ptr,
     cu_seqlens_ptr,
+    later_ptr,
     coef_ptr,
-    kl_ptr,
     losses_ptr,
+    sums_ptr,
     length,
     batch,
-    tau: tl.float64,
     baseline: tl.float64,
     SUMS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """One sequence per program: -advantage / B of its tokens, and their part of the loss.
+    """One sequence per program: -advantage / B of its tokens, their part of the loss, its cost.
 
     It walks from the last token to the first, so that a running sum is a suffix sum.
     """
@@ -109,7 +86,6 @@ def sequence_coefficient_kernel(
     else:
         first = sequence * length
         count = length
-    strength = tl.full((), tau, tl.float64).to(dtype)
     value = tl.full((), baseline, tl.float64).to(dtype)
     gain = tl.load(preference_ptr + sequence) - value
     # the count of sequences, rounded to the statistics dtype
@@ -117,35 +93,44 @@ def sequence_coefficient_kernel(
     steps = tl.arange(0, STEP)
 
     whole = tl.full((), 0.0, dtype)
-    if ref_ptr is not None and SUMS == WHOLE:
+    if cost_ptr is not None and SUMS == WHOLE:
         for done in range(0, count, STEP):
             back = done + steps
             place = first + (count - 1 - back)
-            keep = tl.load(mask_ptr + place, mask=back < count, other=0) != 0
-            whole += tl.sum(log_ratio(logprobs_ptr, policy_ptr, ref_ptr, place, keep), 0)
+            keep = kept(mask_ptr, place, back < count)
+            whole += tl.sum(tl.load(cost_ptr + place, mask=keep, other=0), 0)
 
-    suffix = tl.full((), 0.0, dtype)
+    carried = tl.full((), 0.0, dtype)
+    if later_ptr is not None and SUMS != SINGLE:
+        carried += tl.load(later_ptr + sequence)
+    total = tl.full((), 0.0, dtype)
     loss = tl.full((), 0.0, dtype)
     for done in range(0, count, STEP):
         back = done + steps
         inside = back < count
         place = first + (count - 1 - back)
-        keep = tl.load(mask_ptr + place, mask=inside, other=0) != 0
+        keep = kept(mask_ptr, place, inside)
         logprob = tl.load(logprobs_ptr + place, mask=keep, other=0)
-        advantage = tl.full((STEP,), 0.0, dtype) + gain
-        if ref_ptr is not None:
-            ell = log_ratio(logprobs_ptr, policy_ptr, ref_ptr, place, keep)
-            tl.store(kl_ptr + place, ell, mask=inside)
-            cost = ell
+        penalty = tl.full((STEP,), 0.0, dtype) + carried
+        if cost_ptr is not None:
+            cost = tl.load(cost_ptr + place, mask=keep, other=0)
+            total += tl.sum(cost, 0)
             if SUMS == SUFFIX:
-                cost = tl.cumsum(ell, 0) + suffix
-                suffix += tl.sum(ell, 0)
+                penalty += tl.cumsum(cost, 0)
+                carried += tl.sum(cost, 0)
+            elif SUMS == BEYOND:
+                # of the tokens after each: a difference of two sums were NaN at an infinite cost
+                beyond = kept(mask_ptr, place + 1, inside & (back > 0))
+                cost = tl.load(cost_ptr + place + 1, mask=beyond, other=0)
+                penalty += tl.cumsum(cost, 0)
+                carried += tl.sum(cost, 0)
             elif SUMS == WHOLE:
-                cost = ell * 0.0 + whole
-            # 0 * inf must not be formed
-            advantage -= tl.where(strength == 0, 0.0, strength * cost)
-        coef = tl.where(keep, -advantage / scale, 0.0)
+                penalty += whole
+            else:
+                penalty += cost
+        coef = tl.where(keep, (penalty - gain) / scale, 0.0)
         tl.store(coef_ptr + place, coef, mask=inside)
-        # a token that the advantage leaves out must not bring its own infinity
+        # a token without a coefficient must not bring its own infinity
         loss += tl.sum(tl.where(coef == 0, 0.0, coef * logprob), 0)
     tl.store(losses_ptr + sequence, loss)
+    tl.store(sums_ptr + sequence, total)

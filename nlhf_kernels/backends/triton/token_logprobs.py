@@ -1,16 +1,17 @@
-"""``token_logprobs`` on Triton: the row kernels without a mask."""
+"""``token_logprobs`` on Triton: the row kernels without a reference."""
 
-from nlhf_kernels.backends.triton import common
+from nlhf_kernels.backends.triton import token_rows
 
 
-def token_logprobs_fwd(logits, tokens, temperature, softcap):
-    return tuple(common.row_statistics(logits, tokens, None, temperature, softcap))
+def token_logprobs_fwd(logits, tokens, mask, temperature, softcap):
+    return token_rows.row_statistics(logits, None, tokens, mask, temperature, softcap)
 
 
 def token_logprobs_bwd(
     grad_logits,
     logits,
     tokens,
+    mask,
     lse,
     entropy,
     grad_logprobs,
@@ -18,13 +19,16 @@ def token_logprobs_bwd(
     temperature,
     softcap,
 ):
-    common.row_gradient(
+    token_rows.row_gradient(
         grad_logits,
         logits,
-        tokens,
         None,
+        tokens,
+        mask,
         lse,
+        None,
         entropy,
+        None,
         grad_logprobs,
         grad_entropy,
         None,

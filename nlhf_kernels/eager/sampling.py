@@ -1,14 +1,12 @@
-"""The mathematics: every op as plain PyTorch, with no hand-written gradient, on any device.
-
-Legend: B sequences or rows, T tokens, N = B * T, V vocabulary, D hidden. pi is the trained policy,
-ref the frozen reference policy. Statistics are float32, or float64 as soon as one input is float64.
-"""
+"""One draw per row from the geometric mixture, from logits or from hidden states."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from nlhf_kernels.eager.logits import linear_logits, statistics_dtype, whole_vocabulary
 from nlhf_kernels.noise import MASK32, fold_in, gumbel, philox, split
 
 TILE = 1024
@@ -20,30 +18,6 @@ class MixtureSample(NamedTuple):
     ref_logprobs: Tensor
     sampling_logprobs: Tensor
     log_kept_mass: Tensor
-
-
-class TokenLogprobs(NamedTuple):
-    logprobs: Tensor
-    entropy: Tensor
-
-
-class PairwisePGLoss(NamedTuple):
-    loss: Tensor
-    logprobs: Tensor
-    ref_logprobs: Tensor
-    entropy: Tensor
-    kl: Tensor
-
-
-def statistics_dtype(*logits: Tensor | None) -> torch.dtype:
-    """float64 if any of the tensors is float64, else float32."""
-    for x in logits:
-        if x is not None and x.dtype == torch.float64:
-            return torch.float64
-    return torch.float32
-
-
-# ---- sampling
 
 
 def mixture_sample(
@@ -59,6 +33,7 @@ def mixture_sample(
     position: int | Tensor,
     check: bool = False,
     extrapolate: bool = False,
+    group: ProcessGroup | None = None,
     backend: str = "",
 ) -> MixtureSample:
     """Draw one token per row from the geometric mixture of a policy and a reference policy.
@@ -82,6 +57,9 @@ def mixture_sample(
         position: int64, at least 0: how many tokens the row has generated (its low 32 bits count).
         check: look at the values of tensors (a host sync) and raise on a bad row or parameter.
         extrapolate: allow coefficients outside [0, 1] (contrastive decoding).
+        group: the ranks that share the vocabulary, each with the logits (B, V_rank) of its ids, in
+            the order of the ranks; all else is the same on each. Rows are gathered, and every rank
+            draws the same tokens. Not under torch.compile.
         backend: "", "eager", "cpp", "triton" or "cuda".
 
         ``mixture_coef``, ``temperature``, the filters, ``seed`` and ``position`` are scalars or
@@ -107,6 +85,8 @@ def mixture_sample(
     tile, stage, block).
     """
     with torch.no_grad():
+        policy_logits = whole_vocabulary(policy_logits, group)
+        ref_logits = None if ref_logits is None else whole_vocabulary(ref_logits, group)
         dtype = statistics_dtype(policy_logits, ref_logits)
         B = policy_logits.shape[0]
         device = policy_logits.device
@@ -175,6 +155,7 @@ def linear_mixture_sample(
     position: int | Tensor,
     check: bool = False,
     extrapolate: bool = False,
+    group: ProcessGroup | None = None,
     backend: str = "",
 ) -> MixtureSample:
     """The draw of ``mixture_sample`` from hidden states: the LM head is part of it.
@@ -195,6 +176,7 @@ def linear_mixture_sample(
         softcap: above 0 (at least 1e-30), for both models, before they are mixed; or ``None``.
         mixture_coef, temperature, top_k, top_p, min_p, seed, position, check, extrapolate, backend:
             as in ``mixture_sample``.
+        group: as there; each rank has the weights (V_rank, D) and biases of its ids.
 
     Returns:
         ``MixtureSample``, as ``mixture_sample`` gives it. No gradient.
@@ -215,9 +197,9 @@ def linear_mixture_sample(
             ref_weight, ref_bias = policy_weight, policy_bias
         ref = None
         if ref_hidden is not None:
-            ref = _linear(ref_hidden, ref_weight, ref_bias, softcap, dtype)
+            ref = linear_logits(ref_hidden, ref_weight, ref_bias, softcap, dtype)
         return mixture_sample(
-            _linear(policy_hidden, policy_weight, policy_bias, softcap, dtype),
+            linear_logits(policy_hidden, policy_weight, policy_bias, softcap, dtype),
             ref,
             mixture_coef=mixture_coef,
             temperature=temperature,
@@ -226,22 +208,8 @@ def linear_mixture_sample(
             min_p=min_p,
             seed=seed,
             position=position,
+            group=group,
         )
-
-
-def _linear(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    logits = hidden.to(dtype) @ weight.to(dtype).T
-    return capped(logits if bias is None else logits + bias.to(dtype), softcap)
-
-
-def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def filters_off(top_k: int | Tensor, top_p: float | Tensor, min_p: float | Tensor) -> bool:
@@ -298,181 +266,3 @@ def _draw(scores: Tensor, seeds: Tensor, position: Tensor) -> Tensor:
     inside = tiles.gather(1, winner[:, None, None].expand(B, 1, TILE))[:, 0]
     lane = (inside + gumbel(words, scores.dtype)).argmax(-1)
     return winner * TILE + lane
-
-
-# ---- log-probabilities
-
-
-def token_logprobs(
-    logits: Tensor,
-    tokens: Tensor,
-    *,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    inplace_backward: bool = False,
-    backend: str = "",
-) -> TokenLogprobs:
-    """Log-probability of each token and entropy of its distribution, both differentiable.
-
-    Formula::
-
-        s = softcap * tanh(logits / softcap) / temperature   (softcap=None: logits / temperature)
-        logprobs = s[tokens] - logsumexp(s)
-        entropy = logsumexp(s) - sum_i softmax(s)_i s_i
-
-    Args:
-        logits: (N, V) or (B, T, V) float16, bfloat16, float32 or float64; any row strides (so
-            ``full[:, :-1]`` costs no copy), last stride 1.
-        tokens: (N,) or (B, T) int64 in [0, V). Outside: ``ValueError`` on the CPU; elsewhere, where
-            looking would stall the device, a NaN log-probability without a gradient.
-        temperature: above 0 (at least 1e-30).
-        softcap: above 0 (at least 1e-30), or ``None``.
-        inplace_backward: let the backward write the gradient over ``logits``: no other use of them
-            may follow, and a second backward raises. Ignored under torch.compile.
-        backend: "", "eager", "cpp", "triton" or "cuda".
-
-    Returns:
-        ``TokenLogprobs``: ``logprobs`` and ``entropy``, the shape of ``tokens``, in nats.
-
-    Raises:
-        ValueError: wrong shapes, dtypes or devices, parameters out of range.
-
-    Numerics: float32 accumulation and outputs (float64 for float64); the gradient is rounded once
-    to the dtype of the logits. 0 * -inf counts as 0 in the entropy.
-    """
-    scores = _scores(logits, temperature, softcap)
-    logs = scores.log_softmax(-1)
-    inside = (tokens >= 0) & (tokens < logits.shape[-1])
-    chosen = logs.gather(-1, torch.where(inside, tokens, 0)[..., None])[..., 0]
-    # the product is cut where p = 0 before it is made: 0 * -inf would poison the gradient as well
-    finite = torch.where(logs == -torch.inf, 0, logs)
-    entropy = -(logs.exp() * finite).sum(-1)
-    return TokenLogprobs(torch.where(inside, chosen, torch.nan), entropy)
-
-
-def _scores(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
-    return capped(logits.to(statistics_dtype(logits)), softcap) / temperature
-
-
-# ---- losses
-
-
-def pairwise_pg_loss(
-    logits: Tensor,
-    tokens: Tensor,
-    mask: Tensor,
-    preference: Tensor,
-    *,
-    tau: float,
-    ref_logprobs: Tensor | None = None,
-    ref_logits: Tensor | None = None,
-    policy_logprobs: Tensor | None = None,
-    kl: str = "reward_to_go",
-    baseline: float = 0.5,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    cu_seqlens: Tensor | None = None,
-    inplace_backward: bool = False,
-    backend: str = "",
-) -> PairwisePGLoss:
-    """The policy-gradient loss of Nash learning, whose gradient is that of tau KL - preference.
-
-    Formula (Munos et al. 2023, equation 13, and appendix F for "reward_to_go"), with
-    ell_n = log pi(y_n) - log ref(y_n) and p the preference of y over the opponent's answer::
-
-        loss = -(1/B) sum_b sum_n log pi(y_n) * stop_gradient[p_b - baseline - tau * K_n]
-        K_n = sum_{m >= n} ell_m   "reward_to_go": unbiased, less variance
-              sum_m ell_m          "sequence": unbiased
-              ell_n                "token": biased (it is TRL's; kept for comparison)
-
-    Args:
-        logits: padded (B, T, V), or packed (N, V) with ``cu_seqlens``; float16, bfloat16, float32
-            or float64; row n predicts ``tokens[n]``; any row strides, last stride 1.
-        tokens: (B, T) or (N,) int64. Ids under the mask are never read; see ``token_logprobs`` for
-            ids outside [0, V).
-        mask: bool or integer, the shape of ``tokens``: nonzero for the tokens of y, its end of
-            sequence included.
-        preference: (B,) floating, P(y > y'), or any real per sequence (a reward).
-        tau: strength of the KL regularisation, at least 0; 0 if there is no reference.
-        ref_logprobs: the shape of ``tokens``, log ref(y_n) at the same temperature; or
-        ref_logits: the shape of ``logits``, from which they are computed. At most one of the two.
-        policy_logprobs: the shape of ``tokens``, log pi(y_n) under the current weights: taken in
-            place of those of ``logits`` inside the stop_gradient only.
-        kl: "reward_to_go", "sequence" or "token".
-        baseline: subtracted from the preference: P(y > y) = 1/2 needs no value function.
-        temperature: above 0 (at least 1e-30): the rollout's.
-        softcap: above 0 (at least 1e-30), or ``None``.
-        cu_seqlens: (B + 1,) int32 or int64, offsets of the packed sequences, from 0 to N.
-        inplace_backward: let the backward write the gradient over ``logits``: no other use of them
-            may follow, and a second backward raises. Ignored under torch.compile.
-        backend: "", "eager", "cpp", "triton" or "cuda".
-
-    Returns:
-        ``PairwisePGLoss``: ``loss`` (), the sum over tokens and the mean over sequences (0 if B =
-        0), and detached, the shape of ``tokens``, 0 under the mask: ``logprobs``,
-        ``ref_logprobs``, ``entropy`` and ``kl`` = ell_n; ``ref_logprobs`` and ``kl`` are empty
-        without a reference. In nats.
-
-    Raises:
-        ValueError: wrong shapes, dtypes or devices, parameters out of range, another ``kl``.
-
-    Numerics: float32 accumulation and outputs (float64 for float64 logits); the gradient is
-    rounded once to the dtype of the logits and exactly 0 in rows under the mask, whatever these
-    hold.
-    """
-    dtype = statistics_dtype(logits)
-    mask = mask != 0
-
-    def masked(x):
-        return torch.where(mask, x.to(dtype), 0)
-
-    # masked rows may hold anything: cut before the softmax, or NaN comes back through the gradient
-    scores = torch.where(mask[..., None], logits, 0)
-    safe_tokens = torch.where(mask, tokens, 0)
-    settings = {"temperature": temperature, "softcap": softcap}
-    logprobs, entropy = token_logprobs(scores, safe_tokens, **settings)
-    logprobs, entropy = masked(logprobs), masked(entropy)
-    if ref_logits is not None:
-        clean = torch.where(mask[..., None], ref_logits.to(dtype), 0)
-        ref_logprobs = token_logprobs(clean, safe_tokens, **settings).logprobs
-    if ref_logprobs is not None:
-        ref_logprobs = masked(ref_logprobs).detach()
-
-    sequence = _sequence_ids(tokens, cu_seqlens)
-    advantage = masked(preference.detach().to(dtype)[sequence] - baseline)
-    ell = logprobs.new_empty(0)
-    if ref_logprobs is not None:
-        current = logprobs if policy_logprobs is None else policy_logprobs
-        ell = masked(current).detach() - ref_logprobs
-        if tau:
-            advantage = masked(advantage - tau * _kl_sums(ell, kl, cu_seqlens))
-    coef = -advantage / max(len(preference), 1)
-    # a token that the advantage leaves out must not bring its own infinity
-    loss = torch.where(coef == 0, 0, coef * logprobs).sum()
-    empty = logprobs.new_empty(0)
-    return PairwisePGLoss(
-        loss,
-        logprobs.detach(),
-        empty if ref_logprobs is None else ref_logprobs,
-        entropy.detach(),
-        ell,
-    )
-
-
-def _sequence_ids(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Which sequence each token belongs to, broadcastable to the shape of ``tokens``."""
-    if cu_seqlens is None:
-        return torch.arange(tokens.shape[0], device=tokens.device)[:, None]
-    place = torch.arange(tokens.shape[0], device=tokens.device)
-    return torch.searchsorted(cu_seqlens[1:].to(torch.int64), place, right=True)
-
-
-def _kl_sums(ell: Tensor, kl: str, cu_seqlens: Tensor | None) -> Tensor:
-    if kl == "token":
-        return ell
-    if cu_seqlens is not None:
-        pieces = ell.split(cu_seqlens.diff().tolist())
-        return torch.cat([_kl_sums(piece[None], kl, None)[0] for piece in pieces] or [ell])
-    if kl == "sequence":
-        return ell.sum(-1, keepdim=True).expand_as(ell)
-    return ell.flip(-1).cumsum(-1).flip(-1)

@@ -1,0 +1,18 @@
+// Which instruction set the kernels of tiles use: one choice for all of them.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace nlhf {
+
+enum class TileLevel { avx512, avx2, plain };
+
+TileLevel tile_level();
+
+// The levels of float that this machine has, the one that is used first; and another choice, for
+// tests.
+std::vector<std::string> tile_levels();
+void use_tile_level(const std::string& name);
+
+}  // namespace nlhf
