@@ -135,6 +135,26 @@ def infinite(some: slice, backend: str) -> None:
         compare(f"{name} where the reference bans", x, y, torch.float32)
 
 
+def draws(some: slice, backend: str) -> None:
+    """The same tokens as from the whole, with and without a filter."""
+    generator = torch.Generator().manual_seed(2)
+    logits, ref_logits = torch.randn(2, 6, V, generator=generator) * 3
+    hidden, weight = torch.randn(6, D, generator=generator), torch.randn(V, D, generator=generator)
+    part = {"group": dist.group.WORLD, "backend": backend}
+    for more in ({}, {"top_k": 9, "top_p": 0.8}):
+        settings = {"mixture_coef": 0.3, "seed": 5, "position": 2, **more}
+        calls = {
+            "mixture_sample": ((logits, ref_logits), (logits[:, some], ref_logits[:, some])),
+            # the second hidden states are the reference's: one head for both
+            "linear_mixture_sample": ((hidden, weight, -hidden), (hidden, weight[some], -hidden)),
+        }
+        for op, (whole, own) in calls.items():
+            want = getattr(nk, op)(*whole, **settings, backend="eager")
+            got = getattr(nk, op)(*own, **settings, **part)
+            for name, x, y in zip(got._fields, got, want, strict=True):
+                compare(f"{op}: {name}", x, y, y.dtype)
+
+
 def refusals(rank: int, some: slice, backend: str) -> None:
     """What a group does not go with, in one line that names the op."""
     given = rows(torch.float32)
@@ -177,6 +197,7 @@ def main(rank: int, file: str, backend: str, few: bool) -> None:
         except AssertionError as error:
             raise AssertionError(f"{op}, {what}, rank {rank}: {error}") from error
     infinite(some, backend)
+    draws(some, backend)
     # once is enough, and dynamo takes seconds
     if backend == "cpp":
         refusals(rank, some, backend)
