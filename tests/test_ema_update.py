@@ -214,7 +214,7 @@ def test_tensors_and_seeds_have_words_of_their_own(target):
 def test_bfloat16_stalls_without_and_moves_with_it(backend):
     """1,000 steps with decay 0.999 from 0 toward 1 end at 1 - 0.999^1000 = 0.632."""
     if backend == "cpp" and (why := why_not("cpp")):
-        pytest.skip(why)
+        pytest.skip(f"cpp: {why}")
     params = [torch.ones(512)]
     nearest, drawn, exact = ([torch.zeros(512, dtype=d)] for d in (BF16, BF16, F32))
     for step in range(1000):

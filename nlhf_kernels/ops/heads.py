@@ -221,15 +221,21 @@ def reference(
 
 
 def check_head(
-    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = ""
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    prefix: str = "",
+    dims: tuple[int, ...] = (2, 3),
 ) -> None:
-    axis = "hidden dimension"
-    common.check_matrix(op, f"{prefix}hidden", hidden, (2, 3), "(N, D) or (B, T, D)", axis)
+    """Hidden states of a model, whose names start with ``prefix``, and what they go through."""
+    axis, rows = "hidden dimension", "(N, D) or (B, T, D)" if 3 in dims else "(B, D)"
+    common.check_matrix(op, f"{prefix}hidden", hidden, dims, rows, axis)
     common.check_matrix(op, f"{prefix}weight", weight, (2,), "(V, D)", axis)
     alike = weight.dtype == hidden.dtype and weight.device == hidden.device
     if not alike or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"{op}: {prefix}weight must be (V, D) like {prefix}hidden (..., D), got "
+            f"{op}: {prefix}weight must be (V, D) like {prefix}hidden {rows}, got "
             f"{common.describe(weight)} beside {common.describe(hidden)}"
         )
     if bias is not None:

@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 
 from nlhf_kernels import eager, registry
 from nlhf_kernels.eager import MixtureSample
-from nlhf_kernels.ops import common, sampling, vocabulary
+from nlhf_kernels.ops import common, heads, sampling, vocabulary
 
 OP = "linear_mixture_sample"
 # by type of device: where a product with the head has more rows (two for each draw if the models
@@ -40,21 +40,6 @@ common.define(
     _body,
     _fake,
 )
-
-
-def _check_model(model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    axis = "hidden dimension"
-    common.check_matrix(OP, f"{model}_hidden", hidden, (2,), "(B, D)", axis)
-    common.check_matrix(OP, f"{model}_weight", weight, (2,), "(V, D)", axis)
-    alike = weight.dtype == hidden.dtype and weight.device == hidden.device
-    if not alike or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[1]:
-        raise ValueError(
-            f"{OP}: {model}_weight must be (V, D) like {model}_hidden (B, D), got "
-            f"{common.describe(weight)} beside {common.describe(hidden)}"
-        )
-    if bias is not None:
-        shape, dtypes = weight.shape[:1], (weight.dtype,)
-        common.check_tensor(OP, f"{model}_bias", bias, shape, dtypes, weight.device)
 
 
 def _same_memory(x: Tensor, y: Tensor) -> bool:
@@ -135,7 +120,7 @@ def linear_mixture_sample(
     group: ProcessGroup | None = None,
     backend: str = "",
 ) -> MixtureSample:
-    _check_model("policy", policy_hidden, policy_weight, policy_bias)
+    heads.check_head(OP, policy_hidden, policy_weight, policy_bias, "policy_", dims=(2,))
     if ref_weight is None:
         common.require(ref_bias is None, OP, "ref_bias must be left out without ref_weight")
     if ref_hidden is None:
@@ -143,7 +128,7 @@ def linear_mixture_sample(
     else:
         if ref_weight is None:
             ref_weight, ref_bias = policy_weight, policy_bias
-        _check_model("ref", ref_hidden, ref_weight, ref_bias)
+        heads.check_head(OP, ref_hidden, ref_weight, ref_bias, "ref_", dims=(2,))
         one = ref_hidden.shape[0] == policy_hidden.shape[0]
         one &= ref_weight.shape[0] == policy_weight.shape[0]
         if not one or ref_hidden.device != policy_hidden.device:
@@ -168,8 +153,8 @@ def linear_mixture_sample(
     backend = common.resolve(OP, policy_hidden, backend, features)
 
     # no gradient
-    heads = (policy_hidden, policy_weight, policy_bias, ref_hidden, ref_weight, ref_bias)
-    heads = [None if x is None else x.detach() for x in heads]
+    models = (policy_hidden, policy_weight, policy_bias, ref_hidden, ref_weight, ref_bias)
+    models = [None if x is None else x.detach() for x in models]
     shared = ref_weight is not None and _same_memory(policy_weight, ref_weight)
     B = policy_hidden.shape[0]
     dtype = eager.statistics_dtype(policy_hidden, ref_hidden)
@@ -182,14 +167,14 @@ def linear_mixture_sample(
         )  # fmt: skip
     elif fused and few and group is None:
         if shared:
-            heads[4] = None
+            models[4] = None
         parameters = sampling.arguments(values, _FUSED, B, dtype)
         outputs = torch.ops.nlhf.linear_mixture_sample_fwd(
-            *heads, float(softcap or 0), *parameters, backend
+            *models, float(softcap or 0), *parameters, backend
         )
         result = MixtureSample(*outputs)
     else:
-        logits = _logits(*heads, shared, softcap, dtype)
+        logits = _logits(*models, shared, softcap, dtype)
         if group is not None:
             logits = (None if x is None else vocabulary.gathered(OP, x, group) for x in logits)
         result = sampling.draw(*logits, values, backend)
