@@ -35,9 +35,9 @@ build: env  ## the C++ extension, where its sources are newer
 run: build  ## fine-tune SmolLM2-135M-Instruct with Nash-MD-PG and show what changed
 	$(BIN)/nlhf train --config quickstart --resume $(ARGS)
 
+# passive: threads that spin while they wait would each do so on the core of another
 .PHONY: test
 test: build  ## the whole test suite, in as many processes as there are cores
-	# their threads would spin while they wait, each on the core of another
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto $(ARGS)
 
 .PHONY: lint

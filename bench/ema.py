@@ -51,10 +51,7 @@ def inputs(count: int, device: str) -> tuple[tuple, dict]:
 
 
 def contenders(parts: tuple[int, ...], device: str) -> tuple[Contender, ...]:
-    ours = getattr(nk, OP, None)
-    absent = "" if ours else f"nlhf_kernels has no {OP} yet"
-
-    def contender(name: str, update: Callable, peer: bool, missing: str = "") -> Contender:
+    def contender(name: str, update: Callable, peer: bool) -> Contender:
         # cut once: views of hundreds of tensors take as long as the update of a GPU
         known: dict[tuple, tuple] = {}
 
@@ -72,12 +69,10 @@ def contenders(parts: tuple[int, ...], device: str) -> tuple[Contender, ...]:
             known.clear()
             gates.close("average", average, want, 2e-6)
 
-        return Contender(name, peer, run, gate, missing)
+        return Contender(name, peer, run, gate)
 
     return (
-        contender(
-            OP, lambda averages, weights: ours(averages, weights, decay=DECAY), False, absent
-        ),
+        contender(OP, functools.partial(nk.ema_update_, decay=DECAY), False),
         contender(FOREACH, _foreach, True),
         contender(LOOP, _loop, True),
     )

@@ -199,13 +199,6 @@ def _problem(contenders, parts) -> Problem:
     )  # fmt: skip
 
 
-def test_an_op_that_is_not_there_is_missing(monkeypatch):
-    monkeypatch.delattr(nk, ema.OP, raising=False)
-    (ours, *others) = ema.contenders((3, 4), "cpu")
-    assert ema.OP in ours.missing
-    assert not any(x.missing for x in others)
-
-
 # ---- memory
 
 
