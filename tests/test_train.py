@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from nlhf import cli, config, evaluate, memory, parts, train
+from nlhf import cli, config, evaluate, learner, memory, parts, train
 from tests import tiny
 
 WORDS = [f"w{i}" for i in range(50)]
@@ -114,16 +114,16 @@ def test_resumed_equals_uninterrupted_to_the_bit(folder, tmp_path, lora_r, monke
     class Killed(Exception):
         pass
 
-    step = train.train_step
+    step = learner.Learner.step
 
-    def dies(pieces, optimizer, number):
+    def dies(self, number):
         if number == 5:
             raise Killed
-        return step(pieces, optimizer, number)
+        return step(self, number)
 
     cut = settings(folder, tmp_path / "cut", lora_r=lora_r)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", dies)
+        patch.setattr(learner.Learner, "step", dies)
         with pytest.raises(Killed):
             train.run(cut)
     # killed in step 6 with the last checkpoint after step 4: step 5 is run again
@@ -176,14 +176,13 @@ def test_micro_batches_give_the_same_step(folder, tmp_path):
     for size in (0, 3):
         chosen = settings(folder, tmp_path / str(size), micro_batch_size=size, eval_prompts="")
         pieces = parts.build(chosen)
-        optimizer = torch.optim.AdamW(p for p in pieces.policy.parameters() if p.requires_grad)
-        norms.append(train.train_step(pieces, optimizer, 0))
+        norms.append(learner.Learner(pieces).step(0))
     for name in ("grad_norm", "kl", "entropy", "preference"):
         assert norms[0][name] == pytest.approx(norms[1][name], rel=1e-5)
 
 
 def test_every_epoch_takes_each_prompt_once_and_no_id_twice():
-    ids = [i for step in range(12) for i in train.prompt_ids(3, step, 8, 24)]
+    ids = [i for step in range(12) for i in learner.prompt_ids(3, step, 8, 24)]
     assert len(set(ids)) == len(ids)
     for epoch in range(4):
         taken = ids[24 * epoch : 24 * (epoch + 1)]
@@ -192,7 +191,7 @@ def test_every_epoch_takes_each_prompt_once_and_no_id_twice():
 
 
 def test_learning_rate_rises_then_falls_to_a_tenth():
-    rates = [train.rate(step, 4, 20) for step in range(20)]
+    rates = [learner.rate(step, 4, 20) for step in range(20)]
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert rates[4] == 1
     assert rates[-1] == pytest.approx(0.1)

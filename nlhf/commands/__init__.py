@@ -1,0 +1,1 @@
+"""The commands of ``nlhf``, a module each: ``add(commands)`` declares, ``run(arguments)`` does."""

@@ -1,0 +1,35 @@
+"""``nlhf train``."""
+
+import argparse
+import sys
+
+from nlhf import config
+
+
+def add(commands) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a policy with Nash-MD-PG",
+        description="Train a policy with Nash-MD-PG (Munos et al. 2023). Flags override the file.",
+    )
+    parser.add_argument("--config", default="", help="a YAML file, or a built-in name: quickstart")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint in the output folder, if there is one",
+    )
+    config.add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    known = vars(arguments)
+    overrides = {k: v for k, v in known.items() if k not in ("command", "config", "resume", "run")}
+    settings = config.load(arguments.config, overrides)
+    # after the flags are known to be right: torch and transformers take seconds to import
+    from nlhf import evaluate, train
+
+    result = train.run(settings, arguments.resume)
+    if result:
+        sys.stdout.write("\n" + evaluate.table(result))
+    sys.stdout.write(f"\nThe run is in {settings.output}: model/, report.md, curves.png\n")
