@@ -1,0 +1,25 @@
+"""Experiments on what the papers left open, a module each: ``run(settings) -> report.Result``."""
+
+import difflib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """``minutes``: measured at the default size on two cores."""
+
+    module: str
+    question: str
+    minutes: float
+
+
+EXPERIMENTS: dict[str, Experiment] = {}
+
+
+def find(name: str) -> Experiment:
+    """ValueError with the nearest name for one that is not there."""
+    if name not in EXPERIMENTS:
+        close = difflib.get_close_matches(name, EXPERIMENTS, n=1)
+        hint = f"do you mean {close[0]}?" if close else f"there are {', '.join(EXPERIMENTS)}"
+        raise ValueError(f"reproduce: no experiment is called {name!r}; {hint}")
+    return EXPERIMENTS[name]
