@@ -15,9 +15,10 @@ from torch import Tensor
 
 WORDS = ("ash", "birch", "cedar", "dogwood", "elm")
 END = "</s>"
-# faces of the dice of Munos et al. 2023, C.1, and two more of mean 5: the same numbers are the
-# scores that the three types of annotators of C.2 give
-FACES = ((2, 4, 9), (1, 6, 8), (3, 5, 7), (9, 2, 4), (4, 9, 2))
+# the dice of Munos et al. 2023, C.1, which beat each other in a cycle, and two more of mean 5
+FACES = ((2, 4, 9), (1, 6, 8), (3, 5, 7), (2, 6, 7), (3, 4, 8))
+# what each of three types of annotators gives a word: C.2, and the first word's turned around
+SCORES = ((2, 4, 9), (1, 6, 8), (3, 5, 7), (9, 2, 4), (4, 9, 2))
 RULES = ("mean", "highest", "sum", "last", "lowest")
 
 
@@ -122,8 +123,8 @@ def dice(listed: Sequence[tuple[int, ...]], prompt: int) -> Tensor:
 
     The non-transitive dice of Munos et al. 2023, C.1, and two more. The prompt is the rule that
     makes one number of the throws: their mean, the highest, the sum, the last or the lowest. No
-    die at all throws 1 to 9 fairly. One die against another is the paper's: each beats the next
-    with 5/9.
+    die at all throws 1 to 9 fairly. One die against one is the paper's case: each of the first
+    three beats the next with 5/9.
     """
     # twelve or sixty times a mean is whole, so equal numbers are equal
     unit = math.lcm(*range(1, max(map(len, listed)) + 1))
@@ -151,9 +152,9 @@ def dice(listed: Sequence[tuple[int, ...]], prompt: int) -> Tensor:
 def population(listed: Sequence[tuple[int, ...]], prompt: int) -> Tensor:
     """Each annotator is transitive and the population is not (Munos et al. 2023, C.2).
 
-    Three types of annotators score a word with the three numbers of C.2, a response with the mean
-    of its words, each word with half of the weight of the one before it, nothing with 5. A type
-    prefers the higher score. The first prompt is read by a third of each type, as in the paper:
+    Three types of annotators give a word one of its three ``SCORES`` each, a response the mean of
+    its words, each word with half of the weight of the one before it, and nothing 5. A type prefers
+    the higher score. The first prompt is read by a third of each type, as in the paper:
     responses of one word beat each other with 2/3 in cycles. Another prompt has a type that reads
     it more than the others do (0.4, 0.3 and 0.3).
     """
@@ -161,7 +162,7 @@ def population(listed: Sequence[tuple[int, ...]], prompt: int) -> Tensor:
     for row, words in enumerate(listed):
         if words:
             weights = torch.tensor([0.5**t for t in range(len(words))], dtype=torch.float64)
-            given = torch.tensor([FACES[w] for w in words], dtype=torch.float64)
+            given = torch.tensor([SCORES[w] for w in words], dtype=torch.float64)
             scores[row] = weights @ given / weights.sum()
     readers = torch.full((3,), 1 / 3 if prompt == 0 else 0.3, dtype=torch.float64)
     if prompt:
