@@ -4,9 +4,7 @@ import argparse
 import logging
 import sys
 
-from nlhf.commands import reproduce, train
-
-COMMANDS = (reproduce, train)
+from nlhf.commands import reproduce, solve, train
 EXIT_BAD_INPUT = 2
 
 
