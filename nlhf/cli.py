@@ -5,6 +5,8 @@ import logging
 import sys
 
 from nlhf.commands import reproduce, solve, train
+
+COMMANDS = (reproduce, solve, train)
 EXIT_BAD_INPUT = 2
 
 
