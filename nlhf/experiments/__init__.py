@@ -13,7 +13,14 @@ class Experiment:
     minutes: float
 
 
-EXPERIMENTS: dict[str, Experiment] = {}
+EXPERIMENTS = {
+    "one-step-mixture": Experiment(
+        "one_step_mixture",
+        "how far is the mixture taken a token at a time from that of whole sequences, and what "
+        "does it do to the equilibrium?",
+        3,
+    ),
+}
 
 
 def find(name: str) -> Experiment:
