@@ -4,9 +4,9 @@ import argparse
 import logging
 import sys
 
-from nlhf.commands import train
+from nlhf.commands import algorithms, train
 
-COMMANDS = (train,)
+COMMANDS = (algorithms, train)
 EXIT_BAD_INPUT = 2
 
 
