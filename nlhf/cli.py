@@ -4,9 +4,9 @@ import argparse
 import logging
 import sys
 
-from nlhf.commands import algorithms, train
+from nlhf.commands import algorithms, solve, train
 
-COMMANDS = (algorithms, train)
+COMMANDS = (algorithms, solve, train)
 EXIT_BAD_INPUT = 2
 
 
