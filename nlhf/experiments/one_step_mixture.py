@@ -399,7 +399,8 @@ def _limits(settings: Settings) -> list:
 def _plot(figure, distances: dict, language: list, limits: list) -> None:
     figure.set_size_inches(15, 4.6)
     left, middle, right = figure.subplots(1, 3)
-    for style, name in zip(("-", "--"), dict.fromkeys(name for name, _, _ in distances)):
+    names = list(dict.fromkeys(name for name, _, _ in distances))
+    for style, name in zip(("-", "--"), names, strict=True):
         for i, b in enumerate(COEFS):
             means = [sum(tv for tv, _ in distances[name, T, b]) for T in LENGTHS]
             means = [x / len(distances[name, LENGTHS[0], b]) for x in means]
