@@ -25,6 +25,11 @@ EXPERIMENTS = {
         "does it do to the equilibrium?",
         3,
     ),
+    "stability": Experiment(
+        "stability",
+        "which of Nash-MD-PG, online IPO, Nash-MP and Nash Prox bears the largest learning rate?",
+        4,
+    ),
 }
 
 
