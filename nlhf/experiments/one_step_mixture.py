@@ -137,28 +137,28 @@ def _distance_table(distances: dict) -> Table:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one prompt: KL(one-step, sequence), their TV, and the effective sample size."""
+    """KL(one-step, sequence), their TV, and the effective sample size, each (...,)."""
 
-    kl: float
-    tv: float
-    size: float
+    kl: Tensor
+    tv: Tensor
+    size: Tensor
 
 
 def estimate(log_weights: Tensor) -> Estimate:
-    """From (n,) log w of samples of the one-step mixture, w = pi^(1 - b) ref^b / one-step.
+    """From (..., n) log w of samples of the one-step mixture, w = pi^(1 - b) ref^b / one-step.
 
     The sequence mixture is w / E w times the one-step mixture, so KL = log E w - E log w and
     TV = E |w / E w - 1| / 2, with means over the samples for expectations (self-normalised); the
     effective sample size is (sum w)^2 / sum w^2. Biased of order 1 / n.
     """
     log_weights = log_weights.double()
-    n = len(log_weights)
-    log_mean = log_weights.logsumexp(0) - math.log(n)
-    ratio = (log_weights - log_mean).exp()
+    n = log_weights.shape[-1]
+    log_mean = log_weights.logsumexp(-1) - math.log(n)
+    ratio = (log_weights - log_mean[..., None]).exp()
     return Estimate(
-        (log_mean - log_weights.mean()).item(),
-        ((ratio - 1).abs().mean() / 2).item(),
-        (n / (ratio * ratio).mean()).item(),
+        log_mean - log_weights.mean(-1),
+        (ratio - 1).abs().mean(-1) / 2,
+        n / ratio.square().mean(-1),
     )
 
 
@@ -211,23 +211,21 @@ def _check(game, name, policy, ref, coef, settings: Settings) -> list:
         end=len(game.words),
         seed=settings.seed,
     )
-    found = [estimate(row[:, -1]) for row in weights]
-    share = sum(e.size for e in found) / weights.shape[0] / weights.shape[1]
-    kls, tvs = (_over_prompts(weights[..., -1], kind) for kind in ("kl", "tv"))
+    last = weights[..., -1]
+    share = (estimate(last).size.mean() / last.shape[1]).item()
+    kls, tvs = (bootstrap(last, kind) for kind in ("kl", "tv"))
     return [name, coef, exact[1], kls, exact[0], tvs, f"{share:.0%}"]
 
 
-def _over_prompts(weights: Tensor, kind: str, resamples: int = 200) -> Interval:
-    """Mean over the prompts (P, n) and its bootstrap interval, each prompt's samples resampled."""
+def bootstrap(log_weights: Tensor, kind: str, resamples: int = 200) -> Interval:
+    """Mean over the prompts (P, n) of a field of ``Estimate``; each prompt's samples resampled."""
     generator = torch.Generator().manual_seed(0)
-    P, n = weights.shape
-    mean = sum(getattr(estimate(row), kind) for row in weights) / P
-    means = []
-    for _ in range(resamples):
-        index = torch.randint(n, (P, n), generator=generator)
-        again = weights.gather(1, index)
-        means.append(sum(getattr(estimate(row), kind) for row in again) / P)
-    return Interval(mean, 1.96 * torch.tensor(means).std().item())
+    P, n = log_weights.shape
+    index = torch.randint(n, (resamples, P, n), generator=generator)
+    again = log_weights.expand(resamples, P, n).gather(-1, index)
+    means = getattr(estimate(again), kind).mean(-1)
+    mean = getattr(estimate(log_weights), kind).mean().item()
+    return Interval(mean, 1.96 * means.std().item())
 
 
 def _language_models(settings: Settings) -> tuple[list, str]:
@@ -258,12 +256,9 @@ def _language_models(settings: Settings) -> tuple[list, str]:
                 seed=settings.seed,
             )
             for T in (1, 2, 4, 8, 16):
-                found = [estimate(row[:, T - 1]) for row in weights]
-                kls, tvs, sizes = (
-                    [getattr(e, field) for e in found] for field in ("kl", "tv", "size")
-                )
-                share = sum(sizes) / len(sizes) / samples
-                rows.append([name, b, T, interval(kls), interval(tvs), f"{share:.0%}"])
+                found = estimate(weights[..., T - 1])
+                share = (found.size.mean() / samples).item()
+                rows.append([name, b, T, interval(found.kl), interval(found.tv), f"{share:.0%}"])
     return rows, about
 
 
