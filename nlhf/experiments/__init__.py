@@ -17,13 +17,13 @@ EXPERIMENTS = {
     "intransitive": Experiment(
         "intransitive",
         "how exploitable are RLHF, DPO and Nash policies where preferences go around in circles?",
-        5,
+        6,
     ),
     "one-step-mixture": Experiment(
         "one_step_mixture",
         "how far is the mixture taken a token at a time from that of whole sequences, and what "
         "does it do to the equilibrium?",
-        3,
+        2,
     ),
     "stability": Experiment(
         "stability",

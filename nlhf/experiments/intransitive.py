@@ -292,6 +292,7 @@ def _meaning(exact: dict, trained: dict) -> str:
         "reference than Nash does, whose gain against an equal opponent is 0. For the same reason "
         "a duel at one tau does not decide between them: RLHF may win it, and still be the more "
         "exploitable. In the control, where a reward explains every preference, RLHF loses "
-        "nothing by it.",
+        "nothing by it. What Nash learning gains in practice hangs on the preference that it is "
+        "given: compare nash_md_pg with a learned and with the true one.",
     ]
     return "\n".join(lines)
