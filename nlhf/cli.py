@@ -4,9 +4,9 @@ import argparse
 import logging
 import sys
 
-from nlhf.commands import train
+from nlhf.commands import evaluate, fit_preference, train
 
-COMMANDS = (train,)
+COMMANDS = (evaluate, fit_preference, train)
 EXIT_BAD_INPUT = 2
 
 
