@@ -184,6 +184,24 @@ def test_a_recipe_runs_from_its_pairs_to_its_report(hub, model, tmp_path, name):
     assert (tmp_path / "run" / "report.md").stat().st_size > 0
 
 
+def test_models_can_be_compared_with_the_summaries_of_people(hub, model, tmp_path):
+    judge = "tests.test_recipes:prefer_the_ninth_word"
+    flags = ["--prompts", "trl-lib/tldr#validation", "--preference", judge, "--device", "cpu"]
+    flags += ["--max-new-tokens", "3", "--samples", "6", "--output", str(tmp_path / "out")]
+    cli.main(["evaluate", f"sft={model}", "human=trl-lib/tldr#validation", *flags])
+    lines = (tmp_path / "out" / "completions" / "human.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    # validation begins with row 10
+    assert rows == [{"prompt": POST.format(i), "completion": f" w{i} w9"} for i in range(10, 16)]
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["wins"][1][0] > 0.5
+
+
+def prefer_the_ninth_word(prompts, first, second):
+    """A judge for the tests."""
+    sides = zip(first, second, strict=True)
+    return [0.5 + 0.4 * (("w9" in a.split()) - ("w9" in b.split())) for a, b in sides]
+
+
 def bad(capsys, *arguments: str) -> str:
     with pytest.raises(SystemExit) as stop:
         cli.main(list(arguments))

@@ -82,22 +82,17 @@ def run(arguments: argparse.Namespace) -> None:
     judge = None if saved.is_file() else preference.as_preference(arguments.preference)
     given = {c.name: data.read_completions(c.path) for c in contestants if c.completions}
     prompts, answers = _align(arguments, contestants, given)
-    (output / "completions").mkdir(parents=True, exist_ok=True)
     for contestant in contestants:
-        name = contestant.name
         if not contestant.completions:
-            answers[name] = answer(contestant, prompts, arguments, device)
+            answers[contestant.name] = answer(contestant, prompts, arguments, device)
+            # at once, since nothing else here takes so long
+            _write(output, contestant.name, prompts, answers)
             # a model may be in a cycle of references
             gc.collect()
-        rows = zip(prompts, answers[name], strict=True)
-        text = "".join(
-            json.dumps({"prompt": prompt, "completion": y}, ensure_ascii=False) + "\n"
-            for prompt, y in rows
-        )
-        (output / "completions" / f"{name}.jsonl").write_text(text, encoding="utf-8")
-
     judge = judge or preference.as_preference(arguments.preference, device=device)
     ordered = {c.name: answers[c.name] for c in contestants}
+    for name in given:
+        _write(output, name, prompts, answers)
     wins = arena.win_matrix(judge, parts.plain(prompts), ordered, progress=True)
     triples = arena.intransitive_triples(wins.matrix, wins.half)
     balance = arena.equilibrium(wins, seed=arguments.seed)
@@ -112,6 +107,14 @@ def run(arguments: argparse.Namespace) -> None:
     (output / "evaluation.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     sys.stdout.write(f"\n{text}\nThe evaluation is in {output}: report.md, evaluation.json, ")
     sys.stdout.write("heatmap.png, completions/\n")
+
+
+def _write(output: Path, name: str, prompts: list, answers: dict) -> None:
+    (output / "completions").mkdir(parents=True, exist_ok=True)
+    rows = zip(prompts, answers[name], strict=True)
+    lines = (json.dumps({"prompt": x, "completion": y}, ensure_ascii=False) for x, y in rows)
+    path = output / "completions" / f"{name}.jsonl"
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -181,11 +184,15 @@ def _find(text: str) -> tuple[str, bool]:
     if hub and "#" in text:
         return text, True
     if not hub or text.endswith(SUFFIXES) or ("/" in text and local.parent.is_dir()):
-        beside = [path.name for path in local.parent.iterdir()] if local.parent.is_dir() else []
-        close = difflib.get_close_matches(local.name, beside, n=1)
-        hint = f"; do you mean {local.parent / close[0]}?" if close else ""
-        raise ValueError(f"{text or repr(text)}: no such file or folder{hint}")
+        raise ValueError(f"{text or repr(text)}: no such file or folder{_beside(local)}")
     return text, False
+
+
+def _beside(path: Path) -> str:
+    """What lies there with a name like that, as a suggestion."""
+    names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"; do you mean {path.parent / close[0]}?" if close else ""
 
 
 def _names(given: list[str], paths: list[str]) -> list[str]:
@@ -328,7 +335,11 @@ def load(path: str, dtype, device) -> tuple:
 
     folder = Path(path)
     if (folder / _MODEL).is_file() or not (folder / _ADAPTER).is_file():
-        return policy.load_model(path, dtype, device), policy.load_tokenizer(path)
+        try:
+            return policy.load_model(path, dtype, device), policy.load_tokenizer(path)
+        except ValueError as error:
+            hint = "" if folder.exists() else _beside(folder)
+            raise ValueError(f"{error}{hint}") from error
     try:
         base = json.loads((folder / _ADAPTER).read_text(encoding="utf-8"))[
             "base_model_name_or_path"
