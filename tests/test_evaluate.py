@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from nlhf import cli, policy
+from nlhf import cli, policy, preference
 from nlhf.commands import evaluate as command
 from tests import tiny
 
@@ -90,6 +90,28 @@ def test_models_and_completions_meet_and_can_meet_again(folder, tmp_path, capsys
         assert again[key] == found[key], key
     run(*files[:2], "--samples", 3, "--output", tmp_path / "few")
     assert read(tmp_path / "few")["prompts"] == 3
+
+
+def test_a_saved_preference_is_asked_once_a_pair(folder, tmp_path, monkeypatch):
+    trunk = tiny.llama(dtype=torch.float32)
+    model = preference.PairwiseModel(trunk, tiny.tokenizer(), template="{prompt} {first} {second}")
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(1))
+    model.save_pretrained(tmp_path / "preference")
+    asked, inner = [], preference.PairwiseModel.forward
+
+    def counted(self, prompts, first, second):
+        asked.append((prompts, first, second))
+        return inner(self, prompts, first, second)
+
+    monkeypatch.setattr(preference.PairwiseModel, "forward", counted)
+    files = [completions(tmp_path / f"{word}.jsonl", word) for word in ("w2", "w3")]
+    run(*files, "--preference", tmp_path / "preference", "--output", tmp_path / "out")
+    ((prompts, first, second),) = asked
+    found = read(tmp_path / "out")
+    assert found["position_bias"] is None
+    expected = model(prompts, first, second).double().mean().item()
+    assert found["wins"][0][1] == expected != 0.5
+    assert (first[0], second[0]) == ("w2", "w3")
 
 
 def test_draws_repeat_and_differ_between_contestants(folder, tmp_path):

@@ -223,7 +223,7 @@ def _names(given: list[str], paths: list[str]) -> list[str]:
         if not longer:
             raise ValueError(
                 f"evaluate: two contestants have the name {twice[0]!r}; give names, as in "
-                f"NAME={paths[names.index(twice[0])].split('=')[-1]}"
+                f"NAME={paths[names.index(twice[0])]}"
             )
         for i in longer:
             depth[i] += 1

@@ -106,7 +106,13 @@ def table(result: dict, settings: FitConfig) -> str:
         skipped = f"{result['pairs_skipped']:,}"
         lines.append(_row("pairs too long, left out", skipped, result, "pairs_skipped", ",.0f"))
     lines += [
-        _row("cross-entropy", f"{result['loss']:.4f}", result, "cross_entropy", ".4f"),
+        _row(
+            "cross-entropy (training: last tenth)",
+            f"{result['loss']:.4f}",
+            result,
+            "cross_entropy",
+            ".4f",
+        ),
         _row("accuracy", "", result, "accuracy_0", ".4f"),
         _row("expected calibration error", "", result, "calibration_error", ".4f"),
     ]
