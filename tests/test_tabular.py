@@ -79,9 +79,9 @@ def test_a_bad_entry_far_down_a_batch_is_named(monkeypatch):
     ],
 )
 def test_wrong_settings_are_named(settings, message):
+    preference = fixtures.population().preference
     with pytest.raises(ValueError, match=message):
-        fixtures.population().replace(tau=0.1)
-        tabular.MatrixGame(fixtures.population().preference, **settings)
+        tabular.MatrixGame(preference, **settings)
 
 
 def test_float64_is_not_copied_and_replace_shares_it():
@@ -301,7 +301,7 @@ def test_every_game_is_solved_at_every_tau(name, tau):
 def test_a_distance_that_rounding_forbids_is_refused():
     with pytest.raises(ValueError, match=r"solve: within .* of the equilibrium, above .* 1e-20"):
         tabular.solve(fixtures.elo(), tolerance=1e-20)
-    with pytest.raises(ValueError, match="tau must be above 0, got 0.0"):
+    with pytest.raises(ValueError, match="tau must be above 0, got"):
         tabular.solve(fixtures.elo(tau=0.0))
     with pytest.raises(ValueError, match="tolerance must be above 0"):
         tabular.solve(fixtures.elo(), tolerance=0.0)
