@@ -4,9 +4,9 @@ import argparse
 import logging
 import sys
 
-from nlhf.commands import evaluate, fit_preference, train
+from nlhf.commands import evaluate, fit_preference, solve, train
 
-COMMANDS = (evaluate, fit_preference, train)
+COMMANDS = (evaluate, fit_preference, solve, train)
 EXIT_BAD_INPUT = 2
 
 

@@ -137,12 +137,13 @@ def _solve(reward: Tensor, weight: Tensor, slope: Tensor, right: Tensor) -> Tens
         return (weight * a * b).sum(-1, keepdim=True)
 
     x = torch.zeros_like(right)
-    residual = right.clone()
+    # constants are not in the image, but rounding leaves some
+    residual = right - (weight * right).sum(-1, keepdim=True)
     z = residual / slope
     direction = z
     energy = start = dot(residual, z)
     for _ in range(_CG_STEPS):
-        if (energy <= 1e-4 * start.clamp(max=1) * start).all():
+        if (energy <= start.clamp(min=1e-16, max=1) * 1e-4 * start).all():
             break
         image = product(direction)
         curvature = dot(direction, image)
