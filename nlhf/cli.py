@@ -4,9 +4,9 @@ import argparse
 import logging
 import sys
 
-from nlhf.commands import algorithms, solve, train
+from nlhf.commands import algorithms, evaluate, fit_preference, solve, train
 
-COMMANDS = (algorithms, solve, train)
+COMMANDS = (algorithms, evaluate, fit_preference, solve, train)
 EXIT_BAD_INPUT = 2
 
 
