@@ -335,13 +335,13 @@ from nlhf import tabular
 rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 small = tabular.game("random", actions=50)
 tabular.solve(small), [next(s.run(small)) for s in tabular.SOLVERS.values()]
-preference = tabular.game("random", actions=2000).preference
+preference = tabular.game("random", actions=2500).preference
 before = rss()
-game = tabular.MatrixGame(preference, tau=0.1)
+game = tabular.MatrixGame(preference, tau=1.0)
 made = rss()
 tabular.solve(game)
 solved = rss()
-many = tabular.game("random", actions=10, contexts=2000)
+many = tabular.game("random", actions=10, contexts=1500)
 
 def walk(count):
     for solver in tabular.SOLVERS.values():
@@ -363,7 +363,7 @@ def test_memory_grows_with_the_game_and_not_with_the_iterations():
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     made, solved, iterated = json.loads(result.stdout)
-    # a copy of the matrix would take 31 MiB, and the iterates of one solver 15
-    assert made < 25
-    assert solved < 25
-    assert iterated < 10
+    # a copy of the matrix would take 48 MiB, and the iterates of one solver 11
+    assert made < 30
+    assert solved < 30
+    assert iterated < 7
