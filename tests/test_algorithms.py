@@ -13,6 +13,8 @@ from nlhf.algorithms import ALGORITHMS
 from tests import tiny
 from tests.test_train import folder, metrics, run_cli, settings, weights  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # what each needs beyond the defaults
 NEEDS = {
     "nash_ema_pg": {"ema_decay": 0.9},
