@@ -39,7 +39,6 @@ class Learner:
         self.players = Players(
             self.algorithm,
             pieces.policy,
-            pieces.ref,
             getattr(torch, c.copies_dtype) if c.copies_dtype else None,
             c.copies_device or None,
         )
