@@ -5,9 +5,9 @@ import logging
 import os
 import sys
 
-from nlhf.commands import algorithms, evaluate, fit_preference, solve, train
+from nlhf.commands import algorithms, evaluate, fit_preference, reproduce, solve, train
 
-COMMANDS = (algorithms, evaluate, fit_preference, solve, train)
+COMMANDS = (algorithms, evaluate, fit_preference, reproduce, solve, train)
 EXIT_BAD_INPUT = 2
 
 
