@@ -1,4 +1,4 @@
-"""Checkpoints: trainable weights and optimiser state as safetensors, hashed, renamed into place.
+"""Checkpoints: trainable weights, copies and optimiser state as safetensors, hashed, renamed.
 
 A run needs nothing else to go on: every draw and the order of the prompts follow from the seed and
 the step.
@@ -15,14 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nlhf.data import replace_folder
+from nlhf.learner import Learner
+from nlhf.players import trainable
 
-_FILES = ("weights.safetensors", "optimizer.safetensors")
+_FILES = ("weights.safetensors", "optimizer.safetensors", "copies.safetensors")
 
 
-def save(folder: Path, step: int, model: torch.nn.Module, optimizer, keep: int) -> Path:
+def save(folder: Path, step: int, learner: Learner, keep: int) -> Path:
     """Write ``folder``/step-NNNNNN and delete all but the last ``keep``."""
     final = folder / f"step-{step:06d}"
-    names = _trainable(model)
+    names, optimizer = trainable(learner.policy), learner.optimizer
     state = {
         f"{n}|{key}": torch.as_tensor(value).contiguous()
         for n, p in names.items()
@@ -31,6 +33,8 @@ def save(folder: Path, step: int, model: torch.nn.Module, optimizer, keep: int) 
     with replace_folder(final, marker="state.json") as new:
         save_file({n: p.detach().contiguous() for n, p in names.items()}, new / _FILES[0])
         save_file(state, new / _FILES[1])
+        copies = {name: x.contiguous() for name, x in _copies(learner).items()}
+        save_file(copies, new / _FILES[2])
         hashes = {name: _sha256(new / name) for name in _FILES}
         (new / "state.json").write_text(json.dumps({"step": step, "sha256": hashes}, indent=1))
     for old in complete(folder)[:-keep]:
@@ -43,8 +47,8 @@ def complete(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
-def load(checkpoint: Path, model: torch.nn.Module, optimizer) -> int:
-    """Restore the weights and the optimiser in place; return the number of steps done.
+def load(checkpoint: Path, learner: Learner) -> int:
+    """Restore weights, copies and optimiser in place; return the number of steps done.
 
     Raises:
         ValueError: a file is missing, damaged or of another model; nothing is changed then.
@@ -54,10 +58,10 @@ def load(checkpoint: Path, model: torch.nn.Module, optimizer) -> int:
         for name in _FILES:
             if _sha256(checkpoint / name) != state["sha256"][name]:
                 raise ValueError(f"{name} does not match its hash")
-        weights, moments = (load_file(checkpoint / name) for name in _FILES)
+        weights, moments, copied = (load_file(checkpoint / name) for name in _FILES)
         step = int(state["step"])
-        names = _trainable(model)
-        if _shapes(weights) != _shapes(names):
+        names, copies = trainable(learner.policy), _copies(learner)
+        if _shapes(weights) != _shapes(names) or _shapes(copied) != _shapes(copies):
             raise ValueError("its weights are those of another model or other adapters")
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise ValueError(
@@ -67,12 +71,14 @@ def load(checkpoint: Path, model: torch.nn.Module, optimizer) -> int:
     with torch.no_grad():
         for name, parameter in names.items():
             parameter.copy_(weights[name])
+        for name, own in copies.items():
+            own.copy_(copied[name])
     for key, value in moments.items():
         name, field = key.rsplit("|", 1)
         parameter = names[name]
         # AdamW keeps its step counter on the CPU and its moments beside the weights
         device = "cpu" if field == "step" else parameter.device
-        optimizer.state[parameter][field] = value.to(device)
+        learner.optimizer.state[parameter][field] = value.to(device)
     return step
 
 
@@ -80,8 +86,12 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple]:
     return {name: tuple(x.shape) for name, x in tensors.items()}
 
 
-def _trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+def _copies(learner: Learner) -> dict[str, Tensor]:
+    return {
+        f"{name}|{key}": weight.detach()
+        for name, copy in learner.players.copies.items()
+        for key, weight in zip(copy.names, copy.weights, strict=True)
+    }
 
 
 def _sha256(path: Path) -> str:

@@ -4,9 +4,9 @@ import argparse
 import logging
 import sys
 
-from nlhf.commands import reproduce, train
+from nlhf.commands import algorithms, reproduce, solve, train
 
-COMMANDS = (reproduce, train)
+COMMANDS = (algorithms, reproduce, solve, train)
 EXIT_BAD_INPUT = 2
 
 

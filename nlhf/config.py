@@ -32,13 +32,29 @@ class Config:
     """folder of a saved preference or reward model, or "module:function" of our protocol"""
     judge: str = ""
     """a second preference model that only judges, like preference; "": the first one judges"""
-    output: str = "runs/nash-md-pg"
+    output: str = "runs/nlhf"
     """folder of the run: config.yaml, metrics.jsonl, checkpoints/, model/, report.md, curves.png"""
 
+    algorithm: str = "nash_md_pg"
+    """one of those that nlhf algorithms lists, with the settings that each needs"""
     mixture_coef: float = 0.125
-    """weight of the reference in the opponent's geometric mixture, in [0, 1] (beta in the paper)"""
+    """weight of the reference in the geometric mixture, in [0, 1] (beta in the paper)"""
+    mixture_coef_last: float = -1.0
+    """its value in the last step, to which it goes in a line; -1: constant"""
     tau: float = 0.05
     """strength of the KL regularisation towards the reference, at least 0"""
+    eta: float = 0.0
+    """as its paper has it: inpo, mnpo, onpo: inverse step; else a step. 0: not given"""
+    ema_decay: float = 0.0
+    """decay of the moving average of the weights, in [0, 1]; 0: not given"""
+    inner_steps: int = 0
+    """steps from one outer iteration to the next; 0: not given"""
+    opponent_samples: int = 1
+    """responses of the opponent that y is compared with, where y' is not the opponent's"""
+    copies_dtype: str = ""
+    """of frozen copies of the policy: float32, bfloat16 or float64; "": that of the weights"""
+    copies_device: str = ""
+    """where frozen copies lie between uses: cpu for example; "": beside the policy"""
     kl: str = "reward_to_go"
     """KL estimator: reward_to_go, sequence, exact (over all ids) or token (biased)"""
     temperature: float = 1.0
@@ -111,7 +127,12 @@ class Config:
 _TINY = 1e-30
 _LIMITS = (
     ("mixture_coef", 0, 1, "in [0, 1]"),
+    ("mixture_coef_last", -1, 1, "in [0, 1], or -1"),
     ("tau", 0, 1e30, "at least 0 and finite"),
+    ("eta", 0, 1e30, "at least 0 and finite"),
+    ("ema_decay", 0, 1, "in [0, 1]"),
+    ("inner_steps", 0, math.inf, "at least 0"),
+    ("opponent_samples", 1, math.inf, "at least 1"),
     ("temperature", _TINY, 1e30, "above 0 and finite"),
     ("top_k", 0, 2**63 - 1, "at least 0"),
     ("top_p", _TINY, 1, "in (0, 1]"),
@@ -138,6 +159,7 @@ _CHOICES = {
     "assets": ("", "quickstart"),
     "kl": ("reward_to_go", "sequence", "token", "exact"),
     "dtype": ("float32", "bfloat16", "float64"),
+    "copies_dtype": ("", "float32", "bfloat16", "float64"),
 }
 BUILT_IN = Path(__file__).parent / "configs"
 

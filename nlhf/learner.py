@@ -4,92 +4,211 @@ import contextlib
 import functools
 import math
 import time
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import nlhf_kernels as nk
-from nlhf import losses, memory, parts
+from nlhf import algorithms, losses, memory, parts
+from nlhf.algorithms import Phase
 from nlhf.parts import Parts, plain
+from nlhf.players import Players, trainable
+from nlhf.reward import as_reward
+from nlhf.rollout import Completion, Pair
+
+# the stream of the words that round an average in bfloat16
+_AVERAGE = 2**40
 
 
 class Learner:
-    """What training changes, the policy and its optimiser, and how one step changes it.
+    """What training changes, the policy, its copies and its optimiser, and how a step changes them.
 
-    Made from the ``Parts`` of a run, or by hand from models and callables of one's own.
+    Made from the ``Parts`` of a run, or by hand from models and callables of one's own; the
+    algorithm is that of the configuration.
+
+    Raises:
+        ValueError: the algorithm lacks a setting, or a reward.
     """
 
     def __init__(self, pieces: Parts):
+        c = pieces.config
         self.parts = pieces
         self.policy = pieces.policy
+        self.algorithm = algorithms.check(c)
+        self.players = Players(
+            self.algorithm,
+            pieces.policy,
+            pieces.ref,
+            getattr(torch, c.copies_dtype) if c.copies_dtype else None,
+            c.copies_device or None,
+        )
         self.optimizer = torch.optim.AdamW(
-            [p for p in pieces.policy.parameters() if p.requires_grad],
-            lr=pieces.config.learning_rate,
-            weight_decay=pieces.config.weight_decay,
+            trainable(pieces.policy).values(),
+            lr=c.learning_rate,
+            weight_decay=c.weight_decay,
             # one weight after the other, as is the default there, takes two copies of the largest
             fused=pieces.device.type == "cpu" or None,
         )
+        self._reward = as_reward(pieces.preference) if self.algorithm.reward else None
+
+    @property
+    def copies(self) -> dict[str, nn.Module]:
+        """The frozen copies as models, "ema" the averaged weights for example."""
+        return {name: copy.model for name, copy in self.players.copies.items()}
 
     def step(self, step: int) -> dict[str, float]:
-        """One step of Nash-MD-PG (Munos et al. 2023, section 7); returns its metrics."""
-        pieces, optimizer = self.parts, self.optimizer
-        c = pieces.config
-        clock = Clock(pieces.device)
-        ids = prompt_ids(c.seed, step, c.batch_size, len(pieces.prompts))
-        prompts = [pieces.prompts[i % len(pieces.prompts)] for i in ids]
+        """Step number ``step``, counted from 0; returns its metrics.
+
+        ``kl`` is the mean of log(policy/ref) over the sampled y: the divergence where the policy
+        is who samples.
+        """
+        c = self.parts.config
+        phase, ended = self.algorithm.phase(step, c.inner_steps)
+        clock = Clock(self.parts.device)
+        ids = prompt_ids(c.seed, step, c.batch_size, len(self.parts.prompts))
+        prompts = [self.parts.prompts[i % len(self.parts.prompts)] for i in ids]
         with clock("generate"):
-            draw = parts.seeds(c.seed, step, ids, pieces.device)
-            pair = pieces.generate_pair(prompts, draw, check=step == 0)
+            pair, judges = self.generate(phase, prompts, ids, step)
         with clock("prefer"):
-            y, y_other = pieces.decode(pair.y), pieces.decode(pair.y_other)
-            wins = pieces.preference(plain(prompts), y, y_other).to(pieces.device)
+            wins, other_wins = self.prefer(prompts, pair, judges)
 
         results = []
         size = c.micro_batch_size or c.batch_size
-        for start in range(0, c.batch_size, size):
+        for start in range(0, len(wins), size):
             rows = slice(start, start + size)
-            lean = memory.recomputing(pieces.policy, c.gradient_checkpointing)
-            with clock("lose"), memory.untied(pieces.policy), lean:
-                result = losses.nash_md_pg(
-                    pieces.policy,
-                    pieces.ref,
-                    pair.rows(rows),
-                    wins[rows],
-                    tau=c.tau,
-                    temperature=c.temperature,
-                    kl=c.kl,
-                )
+            lean = memory.recomputing(self.policy, c.gradient_checkpointing)
+            with clock("lose"), memory.untied(self.policy), lean:
+                other = None if other_wins is None else other_wins[rows]
+                result = self.lose(phase, pair.rows(rows), wins[rows], other)
             with clock("differentiate"):
-                (result.loss * (len(wins[rows]) / c.batch_size)).backward()
+                (result.loss * (len(wins[rows]) / len(wins))).backward()
             results.append(result)
         with clock("update"):
-            weights = [p for group in optimizer.param_groups for p in group["params"]]
-            norm = torch.nn.utils.clip_grad_norm_(weights, c.max_grad_norm or math.inf)
-            if not norm.isfinite():
-                raise ValueError(
-                    f"train: the gradient of step {step + 1} is not finite; go on from the last "
-                    "checkpoint with --resume, or start again with a lower learning_rate"
-                )
-            for group in optimizer.param_groups:
-                group["lr"] = c.learning_rate * rate(step, c.warmup_steps, c.steps)
-            optimizer.step()
-            optimizer.zero_grad()
+            norm = self.update(step)
+            seed = nk.fold_in(nk.fold_in(c.seed, step), _AVERAGE)
+            self.players.advance(phase, ended, c.ema_decay, seed)
 
         tokens = pair.y.mask.sum().item()
-        both = tokens + pair.y_other.mask.sum().item()
+        both = tokens + sum(x.mask.sum().item() for x in (pair.y_other, *judges))
         summed = {
             name: sum(getattr(r, name).sum().item() for r in results) for name in ("kl", "entropy")
         }
         return {
             "step": step + 1,
             "preference": wins.mean().item(),
-            "kl": summed["kl"] / c.batch_size,
+            "kl": summed["kl"] / len(wins),
             "entropy": summed["entropy"] / tokens,
-            "length": tokens / c.batch_size,
+            "length": tokens / len(wins),
             "grad_norm": norm.item(),
-            "learning_rate": optimizer.param_groups[0]["lr"],
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
             "tokens_per_second": both / sum(clock.seconds.values()),
             **{f"seconds_{phase}": seconds for phase, seconds in clock.seconds.items()},
         }
+
+    def generate(
+        self, phase: Phase, prompts: list, ids: list[int], step: int
+    ) -> tuple[Pair, list[Completion]]:
+        """y and y' for each prompt, and the responses that both are compared with, if any.
+
+        The latter, ``opponent_samples`` a prompt, lie together.
+        """
+        c, a = self.parts.config, self.algorithm
+        # a policy gradient learns from y alone, a pair loss from two of the same player
+        who = [a.sampler, phase.opponent if a.loss == "pg" else a.sampler]
+        who += [phase.opponent] * a.judged
+        counts = [1, 1, c.opponent_samples]
+        coef = algorithms.mixture_coef(c, step)
+        with contextlib.ExitStack() as stack:
+            sides = [
+                stack.enter_context(self.players.side(name, coef, n))
+                for name, n in zip(who, counts, strict=False)
+            ]
+            draw = parts.seeds(c.seed, step, ids, self.parts.device)
+            pair, judges = self.parts.generate(prompts, sides, draw, check=step == 0)
+        return pair, judges
+
+    def prefer(
+        self, prompts: list, pair: Pair, judges: list[Completion]
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B,) what the loss takes for y, and for y' if it takes something."""
+        shown, device = plain(prompts), self.parts.device
+        y, y_other = self.parts.decode(pair.y), self.parts.decode(pair.y_other)
+        if self._reward is not None:
+            # an independent response is an unbiased baseline, and makes 1/2 of no difference
+            reward = [torch.as_tensor(self._reward(shown, texts)) for texts in (y, y_other)]
+            wins = (reward[0] - reward[1]).to(device, torch.float32)
+            if not wins.isfinite().all():
+                raise ValueError("train: the reward of a response is not finite")
+            return wins + 0.5, None
+        if not judges:
+            return self.parts.preference(shown, y, y_other).to(device), None
+        n = self.parts.config.opponent_samples
+        against = self.parts.decode(judges[0])
+        repeated = [prompt for prompt in shown for _ in range(n)]
+        wins = [
+            self.parts.preference(repeated, [text for text in texts for _ in range(n)], against)
+            for texts in (y, y_other)
+        ]
+        return tuple(w.view(-1, n).mean(1).to(device) for w in wins)
+
+    def lose(self, phase: Phase, pair: Pair, wins: Tensor, other_wins: Tensor | None) -> Any:
+        """The loss of a micro-batch, with what the metrics read."""
+        c, a = self.parts.config, self.algorithm
+        strengths = [algorithms.STRENGTHS[strength](c) for _, strength in phase.anchors]
+        names = [name for name, _ in phase.anchors]
+        if a.loss == "pg":
+            anchored = dict(zip(names, strengths, strict=True))
+            return losses.nash_md_pg(
+                self.policy,
+                self.parts.ref,
+                pair,
+                wins,
+                tau=anchored.pop("ref", 0.0),
+                temperature=c.temperature,
+                kl=c.kl,
+                anchors=[(self._logprobs(n, pair, pair.y), w) for n, w in anchored.items()],
+            )
+        both = (pair.y, pair.y_other)
+        parameters = {name: getattr(c, name) for name in nk.PAIR_METHODS[a.loss].parameters}
+        if not nk.PAIR_METHODS[a.loss].anchors:
+            parameters["weights"] = strengths
+        return losses.contrast(
+            self.policy,
+            pair,
+            wins,
+            other_wins,
+            method=a.loss,
+            anchors=[tuple(self._logprobs(name, pair, x) for x in both) for name in names],
+            temperature=c.temperature,
+            **parameters,
+        )
+
+    def _logprobs(self, name: str, pair: Pair, completion: Completion) -> Tensor:
+        """Of y or y' under an anchor."""
+        if name == "ref":
+            return completion.ref_logprobs
+        # who drew a response has said how likely it was
+        if name == self.algorithm.sampler and completion.policy_logprobs is not None:
+            return completion.policy_logprobs
+        with self.players.model(name) as model:
+            return losses.frozen_logprobs(model, pair, completion, self.parts.config.temperature)
+
+    def update(self, step: int) -> Tensor:
+        """The optimiser's step; the norm of the gradient before it was clipped."""
+        c = self.parts.config
+        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(weights, c.max_grad_norm or math.inf)
+        if not norm.isfinite():
+            raise ValueError(
+                f"train: the gradient of step {step + 1} is not finite; go on from the last "
+                "checkpoint with --resume, or start again with a lower learning_rate"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = c.learning_rate * rate(step, c.warmup_steps, c.steps)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
 
 
 def rate(step: int, warmup: int, steps: int) -> float:

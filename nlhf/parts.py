@@ -56,10 +56,18 @@ class Parts:
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def generate_pair(self, prompts: list, seeds: Tensor, policy=None, **settings) -> rollout.Pair:
-        """y and y' for each prompt; ``settings`` override those of the configuration."""
+        """y of a policy and y' of its mixture; ``settings`` override those of the configuration."""
+        policy = self.policy if policy is None else policy
+        coef = settings.pop("mixture_coef", self.config.mixture_coef)
+        sides = [rollout.Side(policy), rollout.Side(policy, coef)]
+        return self.generate(prompts, sides, seeds, **settings)[0]
+
+    def generate(
+        self, prompts: list, sides: list[rollout.Side], seeds: Tensor, **settings
+    ) -> tuple[rollout.Pair, list[rollout.Completion]]:
+        """y and y' of the first two sides for each prompt, and the responses of the other sides."""
         c = self.config
         chosen = {
-            "mixture_coef": c.mixture_coef,
             "max_new_tokens": c.max_new_tokens,
             "temperature": c.temperature,
             "top_k": c.top_k,
@@ -69,8 +77,8 @@ class Parts:
             "pad_token_id": self.tokenizer.pad_token_id,
         }
         ids = self.encode(prompts)
-        policy = self.policy if policy is None else policy
-        return rollout.generate_pair(policy, self.ref, *ids, seed=seeds, **chosen | settings)
+        y, y_other, *more = rollout.generate(sides, self.ref, *ids, seed=seeds, **chosen | settings)
+        return rollout.Pair(*ids, y, y_other), more
 
 
 def plain(prompts: list) -> list[str]:

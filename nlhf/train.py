@@ -12,10 +12,9 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from nlhf import checkpoint, config, diagnosis, evaluate, parts, plots, policy
+from nlhf import algorithms, checkpoint, config, diagnosis, evaluate, parts, plots, policy
 from nlhf.config import Config
 from nlhf.learner import Learner
-from nlhf.parts import Parts
 
 # what may differ between a run and its continuation: none of it changes the weights
 _FREE = {"output", "device", "eval_every", "eval_samples", "report_samples"}
@@ -37,17 +36,18 @@ def run(settings: Config, resume: bool = False) -> dict:
         ValueError: bad input; the output folder holds another run, or one without ``resume``.
     """
     output = Path(settings.output)
+    algorithms.check(settings)
     _claim(output, settings, resume)
     pieces = parts.build(settings)
+    learner = Learner(pieces)
     output.mkdir(parents=True, exist_ok=True)
     if not _started(output):
         config.save(settings, output / "config.yaml")
-    learner = Learner(pieces)
     saved = checkpoint.complete(output / "checkpoints")
-    done = checkpoint.load(saved[-1], learner.policy, learner.optimizer) if saved else 0
+    done = checkpoint.load(saved[-1], learner) if saved else 0
     metrics = _keep_metrics(output / "metrics.jsonl", done)
     found = diagnosis.history(metrics, settings)
-    with Log(output, done, settings.steps) as log:
+    with Log(output, settings.algorithm, done, settings.steps) as log:
         for step in range(done, settings.steps):
             row = learner.step(step)
             every = settings.eval_every
@@ -63,13 +63,17 @@ def run(settings: Config, resume: bool = False) -> dict:
             if settings.checkpoint_every and (last or (step + 1) % settings.checkpoint_every == 0):
                 keep = settings.keep_checkpoints
                 folder = output / "checkpoints"
-                checkpoint.save(folder, step + 1, learner.policy, learner.optimizer, keep)
-    return _finish(pieces, metrics, output, found)
+                checkpoint.save(folder, step + 1, learner, keep)
+    return _finish(learner, metrics, output, found)
 
 
-def _finish(pieces: Parts, metrics: list[dict], output: Path, found: list) -> dict:
+def _finish(learner: Learner, metrics: list[dict], output: Path, found: list) -> dict:
+    pieces = learner.parts
     plots.curves(metrics, output / "curves.png")
     policy.save(pieces.policy, pieces.tokenizer, output / "model")
+    if "ema" in learner.copies:
+        with learner.players.model("ema") as averaged:
+            policy.save(averaged, pieces.tokenizer, output / "model-ema")
     if not pieces.eval_prompts:
         return {}
     # what is reported is what was saved
@@ -88,9 +92,9 @@ def _finish(pieces: Parts, metrics: list[dict], output: Path, found: list) -> di
 class Log:
     """Metrics as JSON lines, as a progress bar, and for TensorBoard where it is installed."""
 
-    def __init__(self, output: Path, done: int, steps: int):
+    def __init__(self, output: Path, title: str, done: int, steps: int):
         self._file = (output / "metrics.jsonl").open("a", encoding="utf-8")
-        self._bar = tqdm(total=steps, initial=done, desc="nash-md-pg", unit="step")
+        self._bar = tqdm(total=steps, initial=done, desc=title, unit="step")
         self._board = None
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter

@@ -9,8 +9,9 @@ from nlhf import config
 def add(commands) -> None:
     parser = commands.add_parser(
         "train",
-        help="train a policy with Nash-MD-PG",
-        description="Train a policy with Nash-MD-PG (Munos et al. 2023). Flags override the file.",
+        help="train a policy",
+        description="Train a policy by Nash learning (nlhf algorithms lists the algorithms). "
+        "Flags override the file.",
     )
     parser.add_argument("--config", default="", help="a YAML file, or a built-in name: quickstart")
     parser.add_argument(
