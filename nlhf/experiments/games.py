@@ -155,8 +155,9 @@ def population(listed: Sequence[tuple[int, ...]], prompt: int) -> Tensor:
     Three types of annotators give a word one of its three ``SCORES`` each, a response the mean of
     its words, each word with half of the weight of the one before it, and nothing 5. A type prefers
     the higher score. The first prompt is read by a third of each type, as in the paper:
-    responses of one word beat each other with 2/3 in cycles. Another prompt has a type that reads
-    it more than the others do (0.4, 0.3 and 0.3).
+    responses of one word beat each other with 2/3 in cycles. The next three have a type each that
+    reads them more than the others do (0.4, 0.3 and 0.3), the fifth one that reads it less (0.2,
+    0.4 and 0.4).
     """
     scores = torch.full((len(listed), 3), 5.0, dtype=torch.float64)
     for row, words in enumerate(listed):
@@ -164,9 +165,8 @@ def population(listed: Sequence[tuple[int, ...]], prompt: int) -> Tensor:
             weights = torch.tensor([0.5**t for t in range(len(words))], dtype=torch.float64)
             given = torch.tensor([SCORES[w] for w in words], dtype=torch.float64)
             scores[row] = weights @ given / weights.sum()
-    readers = torch.full((3,), 1 / 3 if prompt == 0 else 0.3, dtype=torch.float64)
-    if prompt:
-        readers[(prompt - 1) % 3] = 0.4
+    shares = [(1 / 3, 1 / 3, 1 / 3), (0.4, 0.3, 0.3), (0.3, 0.4, 0.3), (0.3, 0.3, 0.4)]
+    readers = torch.tensor([*shares, (0.2, 0.4, 0.4)][prompt], dtype=torch.float64)
     # scores that are equal by hand may differ in the last bit
     wins = (scores[:, None] - scores[None] > 1e-9).double() @ readers
     return _antisymmetric(wins)

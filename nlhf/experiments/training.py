@@ -3,9 +3,10 @@
 Legend: V words, T the longest response, X prompts, S responses; token V ends.
 """
 
+import contextlib
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from nlhf.experiments.games import SequenceGame
 from nlhf.learner import Learner
 from nlhf.parts import Parts
 from nlhf.preference import Preference, as_preference
+from nlhf.tabular import MatrixGame
 
 # layers, hidden size
 SIZES = {"tiny": (1, 16), "small": (2, 32), "medium": (3, 64)}
@@ -29,6 +31,17 @@ class Trained:
     metrics: list[dict]
     seconds: float
     learner: Learner
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """So small a model is slower on more threads, and by far if another process wants the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def transformer(game: SequenceGame, seed: int, size: str = "small", std: float = 0.02) -> nn.Module:
@@ -61,6 +74,7 @@ def transformer(game: SequenceGame, seed: int, size: str = "small", std: float =
         return LlamaForCausalLM(config).eval()
 
 
+@one_thread()
 def reference(
     game: SequenceGame, seed: int = 0, size: str = "small", steps: int = 200
 ) -> nn.Module:
@@ -108,6 +122,7 @@ def pieces(
     )
 
 
+@one_thread()
 def train(
     game: SequenceGame,
     ref: nn.Module,
@@ -214,3 +229,8 @@ def policy_logprobs(model: nn.Module, game: SequenceGame, **mixture) -> Tensor:
     """(X, S) float64: ``sequence_logprobs`` for every prompt of the game."""
     rows = [sequence_logprobs(model, game, prompt, **mixture) for prompt in game.prompts]
     return torch.stack(rows)
+
+
+def matrix_game(game: SequenceGame, ref: nn.Module, tau: float) -> MatrixGame:
+    """The game in a table, a context a prompt: the true preference, the exact reference, tau."""
+    return MatrixGame(game.matrices, policy_logprobs(ref, game).exp(), tau, game.responses)
