@@ -13,7 +13,18 @@ class Experiment:
     minutes: float
 
 
-EXPERIMENTS: dict[str, Experiment] = {}
+EXPERIMENTS: dict[str, Experiment] = {
+    "mixture-sweep": Experiment(
+        "mixture_sweep", "which mixture with the reference should be the opponent?", 4
+    ),
+    "tau-sweep": Experiment(
+        "tau_sweep", "what does tau buy, and does a run notice that it fails?", 4
+    ),
+    "cost": Experiment("cost", "what does a step of each algorithm cost beside RLHF's?", 4),
+    "preference-ablation": Experiment(
+        "preference_ablation", "which learned preference survives the shift of the policy?", 4
+    ),
+}
 
 
 def find(name: str) -> Experiment:

@@ -101,8 +101,7 @@ def outcome(job: Job) -> Outcome:
     ref = training.reference(game, job.seed, steps=100)
     data = learned.votes(game, ref, job.votes, job.seed)
     fitted = {
-        kind: learned.model(game, kind, data, size="small", seed=job.seed)
-        for kind in learned.KINDS
+        kind: learned.model(game, kind, data, size="small", seed=job.seed) for kind in learned.KINDS
     }
     opinion = learned.table(game, fitted["pairwise"])
     reward = learned.table(game, fitted["reward"])
@@ -246,7 +245,8 @@ def _rule_table(rules: list[Rotation]) -> Table:
     columns += [f"regret, {name}" for name in rules[0].regrets]
     columns += ["paper's regret less the rule's"]
     rows = [[r.held, str(r.rule), r.fitted, *r.regrets.values(), r.better] for r in rules]
-    return Table("The rule for beta; regret: mean true win rate lost to the best beta", columns, rows)
+    title = "The rule for beta; regret: mean true win rate lost to the best beta"
+    return Table(title, columns, rows)
 
 
 def _plot(figure, found: dict[str, list[Outcome]]) -> None:
