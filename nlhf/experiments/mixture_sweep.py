@@ -17,7 +17,7 @@ from nlhf.preference_fit import evaluate
 NAME = "mixture-sweep"
 TASKS = ("population", "reward", "mixed")
 WORDS, LENGTH = 4, 2
-TAU = 0.05
+TAU, RATE = 0.05, 5e-3
 # near 1/2 a preference changes by a quarter of a change of reward
 TAU_RLHF = 4 * TAU
 DECAY = 0.98
@@ -68,7 +68,7 @@ class Outcome:
 
 def run(settings: Settings) -> Result:
     """Every policy on three tasks, and a rule for beta tried on the task that it has not seen."""
-    seeds, steps = settings.count(4, 2), settings.count(150, 4)
+    seeds, steps = settings.count(4, 2), settings.count(100, 4)
     votes = settings.count(8000, 200)
     jobs = [Job(t, settings.seed + s, steps, votes) for t in TASKS for s in range(seeds)]
     flat = parallel.run(outcome, jobs, NAME)
@@ -84,6 +84,7 @@ def run(settings: Settings) -> Result:
             "length": LENGTH,
             "seeds a task": seeds,
             "steps": steps,
+            "learning rate": RATE,
             "votes": votes,
             "tau": TAU,
             "tau of RLHF": TAU_RLHF,
@@ -107,7 +108,7 @@ def outcome(job: Job) -> Outcome:
     reward = learned.table(game, fitted["reward"])
     policies = {"SFT": training.policy_logprobs(ref, game)}
     for name, changes in RUNS.items():
-        chosen = {"tau": TAU, "steps": job.steps, "seed": job.seed} | changes
+        chosen = {"tau": TAU, "steps": job.steps, "seed": job.seed, "learning_rate": RATE} | changes
         source = reward if name == "RLHF" else opinion
         trained = training.train(game, ref, source, **chosen)
         policies[name] = training.policy_logprobs(trained.model, game)
