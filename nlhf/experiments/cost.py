@@ -1,14 +1,13 @@
 """What a step of each algorithm costs beside one of RLHF: seconds, tokens a second, memory."""
 
-import dataclasses
-import json
-import os
 import resource
 import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import torch
 from tqdm import tqdm
@@ -68,7 +67,7 @@ class Judge:
 
 
 def run(settings: Settings) -> Result:
-    """Each run is a process of its own, one after the other, so that its peak is its own."""
+    """A step of every algorithm, at several sizes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     steps = settings.count(4, 2)
     cases = CASES[: settings.count(len(CASES))]
@@ -77,7 +76,8 @@ def run(settings: Settings) -> Result:
         for shape, lora_r in cases
         for name in algorithms.ALGORITHMS
     ]
-    found = {(job.shape, job.lora_r, job.algorithm): apart(job) for job in tqdm(jobs, desc=NAME)}
+    costs = tqdm(apart(jobs), NAME, len(jobs), unit="job")
+    found = {(j.shape, j.lora_r, j.algorithm): c for j, c in zip(jobs, costs, strict=True)}
     return Result(
         name=NAME,
         seed=settings.seed,
@@ -100,23 +100,13 @@ def run(settings: Settings) -> Result:
     )
 
 
-def apart(job: Job) -> Cost:
-    """The cost of a job, measured in a new process.
-
-    Raises:
-        ValueError: the process failed.
-    """
-    done = subprocess.run(
-        [sys.executable, "-m", "nlhf.experiments.cost", json.dumps(dataclasses.asdict(job))],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["nothing was said"])[-1]
-        raise ValueError(f"cost: {job.algorithm} at {job.shape} failed: {last}")
-    return Cost(**json.loads(done.stdout.splitlines()[-1]))
+def apart(jobs: list[Job]) -> Iterator[Cost]:
+    """The cost of each job, measured in a process of its own, one after the other."""
+    context = get_context("forkserver")
+    # these take seconds, and are no part of a step
+    context.set_forkserver_preload([__name__, "transformers.models.llama.modeling_llama", "peft"])
+    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
+        yield from pool.map(measure, jobs)
 
 
 def measure(job: Job) -> Cost:
@@ -257,8 +247,3 @@ def _meaning(cases: tuple, found: dict) -> str:
             f"({memory[big]:.2f} times as much)."
         )
     return " ".join(lines)
-
-
-if __name__ == "__main__":
-    result = measure(Job(**json.loads(sys.argv[1])))
-    sys.stdout.write(json.dumps(dataclasses.asdict(result)) + "\n")

@@ -68,7 +68,7 @@ class Outcome:
 
 def run(settings: Settings) -> Result:
     """Every policy on three tasks, and a rule for beta tried on the task that it has not seen."""
-    seeds, steps = settings.count(4, 2), settings.count(100, 4)
+    seeds, steps = settings.count(4, 2), settings.count(100, 2)
     votes = settings.count(8000, 200)
     jobs = [Job(t, settings.seed + s, steps, votes) for t in TASKS for s in range(seeds)]
     flat = parallel.run(outcome, jobs, NAME)
@@ -256,7 +256,7 @@ def _plot(figure, found: dict[str, list[Outcome]]) -> None:
     ticks = range(len(POLICIES))
     for axis, (task, outcomes) in zip(axes, found.items(), strict=True):
         mean = torch.tensor([o.wins for o in outcomes]).mean(0)
-        image = axis.imshow(mean, cmap="RdBu_r", vmin=0, vmax=1)
+        image = axis.imshow(mean.numpy(), cmap="RdBu_r", vmin=0, vmax=1)
         axis.set_xticks(ticks, POLICIES, rotation=90)
         axis.set_yticks(ticks, POLICIES)
         axis.set_title(f"{task}: P*(column > row)")

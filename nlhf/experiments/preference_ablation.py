@@ -31,7 +31,7 @@ def run(settings: Settings) -> Result:
 
     The errors are exact means over pairs of responses, of the reference and of what it became.
     """
-    seeds, steps = settings.count(3, 2), settings.count(100, 4)
+    seeds, steps = settings.count(3, 2), settings.count(100, 2)
     votes = settings.count(8000, 200)
     groups = list(itertools.product(TASKS, LABELS, SIZES))
     jobs = [Job(*group, settings.seed + s, steps, votes) for group in groups for s in range(seeds)]
@@ -99,7 +99,7 @@ def _table(task: str, found: dict) -> Table:
 
 def _plot(figure, found: dict) -> None:
     figure.set_size_inches(12, 5)
-    axes = figure.subplots(1, len(TASKS), sharey=True)
+    axes = figure.subplots(1, len(TASKS), sharey=True, squeeze=False)[0]
     for axis, task in zip(axes, TASKS, strict=True):
         for (where, kind, size), outcomes in found.items():
             if where != task:

@@ -37,7 +37,7 @@ class Outcome:
 
 def run(settings: Settings) -> Result:
     """Nash-MD-PG with the true preference, over tau, and over learning rates."""
-    seeds, steps = settings.count(3, 2), settings.count(200, 45)
+    seeds, steps = settings.count(3, 2), settings.count(200, 4)
     rows = {f"tau {tau:g}": {"tau": tau} for tau in TAUS}
     rows |= {f"learning rate {rate:g}": {"learning_rate": rate} for rate in RATES}
     rows |= dict(FAILING)
