@@ -6,6 +6,7 @@ import statistics
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+from nlhf import algorithms
 from nlhf.config import Config
 
 # rows whose mean is the beginning of a run, and rows whose mean is its present
@@ -39,8 +40,9 @@ def diagnose(metrics: list[dict], settings: Config | None = None) -> list[Findin
     at every step. What is compared with what:
 
     * ``collapse``: the mean of 5 rows against the first 5. Entropy per token below a tenth; or the
-      KL above 1 / (2 tau), where P - tau KL is below the reference's own 1/2 whatever P is, or
-      above twice the reference's entropy; or a length below 0.15 of its start or at the limit.
+      KL above 1 / (2 tau), where P - tau KL is below the reference's own 1/2 whatever P is (for
+      algorithms that settle at an optimum of it), or above twice the reference's entropy; or a
+      length below 0.15 of its start or at the limit.
     * ``no progress``: after 40 steps, 20 steps' worth of the highest learning rate and a fifth of
       the run, the last 40 rows do not tell the policy from the reference: the KL is within 2
       standard deviations of 0, the preference within 3 of where it began.
@@ -68,6 +70,7 @@ def diagnose(metrics: list[dict], settings: Config | None = None) -> list[Findin
     known = settings or SimpleNamespace(
         batch_size=Config.batch_size,
         eval_samples=Config.eval_samples,
+        algorithm=Config.algorithm,
         steps=0,
         tau=math.nan,
         learning_rate=math.nan,
@@ -121,7 +124,7 @@ def _collapse(metrics: list[dict], settings) -> str:
         )
     kl, tau = now["kl"], settings.tau
     noise = _kl_noise(kl, settings.batch_size * _RECENT)
-    if tau > 0 and kl - _MOVED * noise > 0.5 / tau:
+    if tau > 0 and _bounded(settings) and kl - _MOVED * noise > 0.5 / tau:
         return (
             f"collapse: KL ran away to {kl:.3g} nats a completion; above 1 / (2 tau) = "
             f"{0.5 / tau:.3g} no win rate is worth it: lower {_knob(settings, 'learning_rate')}, "
@@ -144,6 +147,12 @@ def _collapse(metrics: list[dict], settings) -> str:
     return ""
 
 
+def _bounded(settings) -> bool:
+    """Whether the algorithm settles at an optimum of P - tau KL to the reference, P in [0, 1]."""
+    algorithm = algorithms.get(settings.algorithm)
+    return algorithm.limit in ("equilibrium", "mixture", "best_response")
+
+
 # ---- no progress
 
 
@@ -163,7 +172,7 @@ def _no_progress(metrics: list[dict], settings) -> str:
     faster = f"raise {_knob(settings, 'learning_rate')}"
     tau = settings.tau
     # by Hoeffding's lemma no answer to any opponent is further from the reference than this
-    reach = 1 / (8 * tau**2) if tau > 0 else math.inf
+    reach = 1 / (8 * tau**2) if tau > 0 and _bounded(settings) else math.inf
     if reach < 2 * _KL_MOVED**2 / pooled:
         advice = f"lower {_knob(settings, 'tau')}: at this tau no optimum is further than that"
     elif tau != 0:
@@ -270,12 +279,14 @@ def _swinging(name: str, turns: list, scale: int, noise: float, settings) -> str
     period = 2 * scale * (turns[-1][0] - turns[1][0]) / (len(turns) - 2)
     levels = sorted(value for _, value in turns[-4:])
     label = "KL" if name == "kl" else name
+    # the other limits know no mixture
+    mixed = algorithms.get(settings.algorithm).limit == "mixture"
+    mixture = f" or {_knob(settings, 'mixture_coef')}" if mixed else ""
     size = (levels[-1] - levels[0]) / max(noise, 1e-9)
     return (
         f"oscillation: {label} swings between {levels[0]:.3g} and {levels[-1]:.3g} about every "
         f"{period:.0f} steps, {size:.0f} standard deviations of its noise: lower "
-        f"{_knob(settings, 'learning_rate')}, or raise {_knob(settings, 'tau')} or "
-        f"{_knob(settings, 'mixture_coef')}"
+        f"{_knob(settings, 'learning_rate')}, or raise {_knob(settings, 'tau')}{mixture}"
     )
 
 

@@ -95,6 +95,13 @@ def test_without_tau_the_kl_is_compared_with_the_entropy_of_the_reference():
     assert diagnosis.diagnose(with_column("kl", lambda row: 30 + row["kl"]), None) == []
 
 
+def test_the_bound_by_tau_holds_for_the_regularised_game_alone():
+    rows = with_column("kl", lambda row: 15 + row["kl"])
+    for name, found in (("nash_mp", ["collapse"]), ("rlhf", []), ("sppo", [])):
+        chosen = Config(algorithm=name, batch_size=BATCH, tau=0.05)
+        assert [f.name for f in diagnosis.diagnose(rows, chosen)] == found
+
+
 def still(seed: int, kl: float = 0.0) -> list[dict]:
     draw = random.Random(seed)
     size = math.sqrt(2 * kl / BATCH) + 1e-6
@@ -161,8 +168,15 @@ def test_oscillation_is_seen_at_any_period(name, size, period):
         assert finding.name == "oscillation"
         assert finding.text.startswith(f"oscillation: {name if name == 'preference' else 'KL'} ")
         assert "lower learning_rate (now 0.001)" in finding.text
+        assert "mixture_coef (now 0.125)" in finding.text
         stated = float(finding.text.partition("about every ")[2].split()[0])
         assert stated == pytest.approx(period, rel=0.35)
+
+
+def test_a_knob_that_the_algorithm_has_not_is_not_named():
+    rows = swinging(0, "kl", 20, 0.8)
+    (finding,) = diagnosis.diagnose(rows, Config(algorithm="self_play", batch_size=BATCH))
+    assert finding.text.endswith("or raise tau (now 0.05)")
 
 
 def test_two_swings_or_dying_ones_are_no_oscillation():
