@@ -4,9 +4,9 @@ import argparse
 import logging
 import sys
 
-from nlhf.commands import algorithms, reproduce, solve, train
+from nlhf.commands import algorithms, evaluate, fit_preference, reproduce, solve, train
 
-COMMANDS = (algorithms, reproduce, solve, train)
+COMMANDS = (algorithms, evaluate, fit_preference, reproduce, solve, train)
 EXIT_BAD_INPUT = 2
 
 
