@@ -13,12 +13,28 @@ class Experiment:
     minutes: float
 
 
-EXPERIMENTS: dict[str, Experiment] = {
+EXPERIMENTS = {
     "mixture-sweep": Experiment(
         "mixture_sweep", "which mixture with the reference should be the opponent?", 4
     ),
     "tau-sweep": Experiment(
         "tau_sweep", "what does tau buy, and does a run notice that it fails?", 4
+    ),
+    "intransitive": Experiment(
+        "intransitive",
+        "how exploitable are RLHF, DPO and Nash policies where preferences go around in circles?",
+        5,
+    ),
+    "one-step-mixture": Experiment(
+        "one_step_mixture",
+        "how far is the mixture taken a token at a time from that of whole sequences, and what "
+        "does it do to the equilibrium?",
+        3,
+    ),
+    "stability": Experiment(
+        "stability",
+        "which of Nash-MD-PG, online IPO, Nash-MP and Nash Prox bears the largest learning rate?",
+        4,
     ),
     "cost": Experiment("cost", "what does a step of each algorithm cost beside RLHF's?", 4),
     "preference-ablation": Experiment(

@@ -52,7 +52,7 @@ class Interval:
     half: float
 
     def __str__(self) -> str:
-        return number(self.mean) if math.isnan(self.half) else _pm(self.mean, self.half)
+        return _pm(self.mean, self.half)
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,20 @@ def number(value: float) -> str:
     """Three significant digits."""
     if not math.isfinite(value):
         return str(value)
+    if 0 < abs(value) < 1e-12:
+        # what rounding leaves of 0
+        return "< 1e-12"
     small = value != 0 and abs(value) < 1e-3
     return f"{value:.1e}" if small or abs(value) >= 1e5 else f"{value:.3g}"
 
 
 def _pm(mean: float, half: float) -> str:
-    digits = 3 if half < 0.1 else 2
-    tiny = half < 5e-4
-    return f"{number(mean)} ± {half:.0e}" if tiny else f"{mean:.{digits}f} ± {half:.{digits}f}"
+    """Two digits of the half-width, and as many places of the mean."""
+    if half < 1e-12 or not math.isfinite(half + mean):
+        return number(mean)
+    places = max(0, 1 - math.floor(math.log10(half)))
+    form = f".{places}f" if places <= 5 else ".1e"
+    return f"{mean:{form}} ± {half:{form}}"
 
 
 def markdown(table: Table) -> str:
