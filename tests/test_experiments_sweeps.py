@@ -128,13 +128,10 @@ def test_measures_equal_sums_over_all_responses(small):
 
 def outcome(best: float, **features: float) -> mixture_sweep.Outcome:
     """Quality falls with the distance from ``best``."""
-    names = mixture_sweep.POLICIES
-    score = dict.fromkeys(names, 0.0)
-    for beta, name in mixture_sweep.FAMILY.items():
-        score[name] = -abs(beta - best)
-    wins = [[0.5 + 0.1 * (score[col] - score[row]) for col in names] for row in names]
+    family = {name: beta for beta, name in mixture_sweep.FAMILY.items()}
+    worst = [0.1 * abs(family.get(name, 9) - best) for name in mixture_sweep.POLICIES]
     filled = dict.fromkeys(mixture_sweep.FEATURES, 0.0) | features
-    return mixture_sweep.Outcome(wins, {}, filled)
+    return mixture_sweep.Outcome([], {mixture_sweep.WORST: worst}, filled)
 
 
 def test_a_rule_is_found_where_there_is_one():

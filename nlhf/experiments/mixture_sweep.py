@@ -17,7 +17,7 @@ from nlhf.preference_fit import evaluate
 NAME = "mixture-sweep"
 TASKS = ("population", "reward", "mixed")
 WORDS, LENGTH = 4, 2
-TAU, RATE = 0.05, 5e-3
+TAU, RATE = 0.02, 5e-3
 # near 1/2 a preference changes by a quarter of a change of reward
 TAU_RLHF = 4 * TAU
 DECAY = 0.98
@@ -33,6 +33,7 @@ RUNS: dict[str, dict] = {
 POLICIES = ("SFT", *RUNS, "EMA*")
 # self-play and the best response to the reference are the ends of the family
 FAMILY = {0.0: "SP", **{beta: f"MD {beta:g}" for beta in BETAS}, 1.0: "BR"}
+WORST = "true exploitability"
 FEATURES = ("held-out error", "cycles")
 
 
@@ -57,10 +58,8 @@ class Outcome:
     features: dict[str, float]
 
     def quality(self, beta: float) -> float:
-        """Mean true win rate against the other policies of the table."""
-        column = POLICIES.index(FAMILY[beta])
-        rows = [row[column] for i, row in enumerate(self.wins) if i != column]
-        return statistics.fmean(rows)
+        """True win rate against the worst of all opponents: what a Nash policy maximises."""
+        return 0.5 - self.measures[WORST][POLICIES.index(FAMILY[beta])]
 
     def regret(self, beta: float) -> float:
         return max(map(self.quality, FAMILY)) - self.quality(beta)
@@ -140,9 +139,7 @@ def measure(
             learned.win_rate(opinion, policy, ref).mean().item() for policy in policies
         ],
         "KL to SFT": [tabular.kl(policy, ref).mean().item() for policy in policies],
-        "true exploitability": [
-            tabular.exploitability(truth, policy, 0).mean().item() for policy in policies
-        ],
+        WORST: [tabular.exploitability(truth, policy, 0).mean().item() for policy in policies],
     }
     return Outcome(wins, measures, features)
 
@@ -246,26 +243,26 @@ def _rule_table(rules: list[Rotation]) -> Table:
     columns += [f"regret, {name}" for name in rules[0].regrets]
     columns += ["paper's regret less the rule's"]
     rows = [[r.held, str(r.rule), r.fitted, *r.regrets.values(), r.better] for r in rules]
-    title = "The rule for beta; regret: mean true win rate lost to the best beta"
+    title = "The rule for beta; regret: worst-case true win rate lost to the best beta"
     return Table(title, columns, rows)
 
 
 def _plot(figure, found: dict[str, list[Outcome]]) -> None:
-    figure.set_size_inches(15, 5.4)
+    figure.set_size_inches(16, 5.4)
     axes = figure.subplots(1, len(found))
     ticks = range(len(POLICIES))
     for axis, (task, outcomes) in zip(axes, found.items(), strict=True):
         mean = torch.tensor([o.wins for o in outcomes]).mean(0)
-        image = axis.imshow(mean.numpy(), cmap="RdBu_r", vmin=0, vmax=1)
+        image = axis.imshow(mean.numpy(), cmap="RdBu_r", vmin=0.3, vmax=0.7)
         axis.set_xticks(ticks, POLICIES, rotation=90)
         axis.set_yticks(ticks, POLICIES)
-        axis.set_title(f"{task}: P*(column > row)")
+        axis.set_title(f"{task}: P*(column > row), %")
         for i, j in itertools.product(ticks, ticks):
-            dark = abs(mean[i, j] - 0.5) > 0.3
-            text = f"{100 * mean[i, j]:.0f}"
+            dark = abs(mean[i, j] - 0.5) > 0.12
+            text = f"{100 * mean[i, j]:.1f}"
             colour = "white" if dark else "black"
-            axis.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
-    figure.colorbar(image, ax=axes, shrink=0.7)
+            axis.text(j, i, text, ha="center", va="center", fontsize=6, color=colour)
+    figure.colorbar(image, ax=axes, shrink=0.7, extend="both")
 
 
 def _meaning(found: dict[str, list[Outcome]], rules: list[Rotation]) -> str:
@@ -274,9 +271,9 @@ def _meaning(found: dict[str, list[Outcome]], rules: list[Rotation]) -> str:
         quality = {beta: interval([o.quality(beta) for o in outcomes]) for beta in FAMILY}
         best = max(quality, key=lambda beta: quality[beta].mean)
         lines.append(
-            f"On {task} the best opponent has beta = {best:g}: it wins {quality[best]} on average "
-            f"against the other policies, beta = {PAPER:g} {quality[PAPER]}, self-play "
-            f"{quality[0.0]} and the best response to the reference {quality[1.0]}."
+            f"On {task} the best opponent has beta = {best:g}: its policy wins {quality[best]} "
+            f"against the worst of all opponents, that of beta = {PAPER:g} {quality[PAPER]}, "
+            f"self-play {quality[0.0]}, the best response to the reference {quality[1.0]}."
         )
     better = [r.held for r in rules if r.better.mean - r.better.half > 0]
     worse = [r.held for r in rules if r.better.mean + r.better.half < 0]
