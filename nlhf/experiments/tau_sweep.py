@@ -121,21 +121,17 @@ def _noticed(outcomes: list[Outcome]) -> str:
 def _plot(figure, by_tau: dict[str, list[Outcome]]) -> None:
     left, right = figure.subplots(1, 2)
     x, y = "KL to SFT", "true win rate against SFT"
-    points = [
-        (interval([o.measures[x] for o in os]), interval([o.measures[y] for o in os]))
-        for os in by_tau.values()
-    ]
-    left.errorbar(
-        [p[0].mean for p in points],
-        [p[1].mean for p in points],
-        xerr=[p[0].half for p in points],
-        yerr=[p[1].half for p in points],
-        fmt="o",
-        capsize=2,
-    )
-    for tau, (kl, wins) in zip(TAUS, points, strict=True):
-        left.annotate(f"{tau:g}", (kl.mean, wins.mean), (4, 6), textcoords="offset points")
+    for tau, outcomes in zip(TAUS, by_tau.values(), strict=True):
+        across, up = ([o.measures[name] for o in outcomes] for name in (x, y))
+        (dots,) = left.plot(across, up, ".", alpha=0.6)
+        kl, wins = interval(across), interval(up)
+        left.errorbar(
+            kl.mean, wins.mean, yerr=wins.half, fmt="o", capsize=2, color=dots.get_color()
+        )
+        place = (kl.mean, wins.mean)
+        left.annotate(f"{tau:g}", place, (-6, 6), textcoords="offset points", ha="right")
     left.set(xlabel="KL to the reference, nats", ylabel=y, title="quality against KL, by tau")
+    left.set_xscale("log")
     worst = [interval([o.measures["exploitability"] for o in os]) for os in by_tau.values()]
     ticks = range(len(TAUS))
     right.errorbar(
