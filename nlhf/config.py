@@ -1,4 +1,4 @@
-"""One frozen dataclass that is the configuration, the YAML file and the command line."""
+"""Frozen dataclasses that are at once configuration, YAML file and command line."""
 
 import argparse
 import ast
@@ -8,6 +8,7 @@ import functools
 import inspect
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,16 +113,7 @@ class Config:
     """seed of the prompts' order, of every draw and of the adapters"""
 
     def __post_init__(self):
-        for name, low, high, wanted in _LIMITS:
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ValueError(f"config: {name} must be {wanted}, got {value!r}")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"config: {name} must be one of {', '.join(map(repr, choices))}, "
-                    f"got {getattr(self, name)!r}"
-                )
+        _check(self, _LIMITS, _CHOICES)
 
 
 _TINY = 1e-30
@@ -161,15 +153,105 @@ _CHOICES = {
     "dtype": ("float32", "bfloat16", "float64"),
     "copies_dtype": ("", "float32", "bfloat16", "float64"),
 }
-BUILT_IN = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Everything that fitting a preference model depends on. The string under a field is its help.
+
+    Built-in ones have names that end in ``-preference``.
+    """
+
+    trunk: str = ""
+    """folder or hub name of the language model that reads the texts"""
+    pairs: str = ""
+    """training pairs: a .jsonl, .jsonl.gz or .parquet file, or a hub name with its #split"""
+    held_out: str = ""
+    """pairs to measure accuracy and calibration on, like pairs; "": not measured"""
+    output: str = "runs/preference"
+    """folder of the model, what --preference of the other commands reads"""
+
+    kind: str = "pairwise"
+    """pairwise reads both responses (need not be transitive); reward is Bradley-Terry"""
+    template: str = ""
+    """text around {prompt}, {first} and {second}, or {prompt} and {response}; "": one of ours"""
+    pooling: str = "last"
+    """hidden state of the last token, or the mean over the tokens"""
+    n_layers: int = 0
+    """keep the first layers of the trunk; 0: all"""
+    freeze_trunk: bool = False
+    """train the linear head alone, by L-BFGS on features that are computed once"""
+    max_length: int = 0
+    """longest text in tokens; 0: the context of the trunk"""
+    truncate: bool = False
+    """cut the beginning of prompts that are too long, instead of refusing them"""
+    skip_long: bool = False
+    """leave out pairs that are too long all the same, instead of refusing them"""
+
+    epochs: int = 1
+    """passes over the pairs (trainable trunk)"""
+    batch_size: int = 16
+    """pairs a step (trainable trunk)"""
+    learning_rate: float = 1e-5
+    """AdamW's highest learning rate, warmed up over a tenth of the steps (trainable trunk)"""
+    l2: float = 0.1
+    """weight of half the squared norm of the head on standardised features (frozen trunk)"""
+    limit: int = 0
+    """read at most so many pairs of each data set; 0: all"""
+    dtype: str = "float32"
+    """of the trunk: float32, bfloat16 or float64"""
+    device: str = "auto"
+    """auto: a GPU if there is one; or cpu, cuda, cuda:1"""
+    seed: int = 0
+    """seed of the pairs' order and of dropout"""
+
+    def __post_init__(self):
+        _check(self, _FIT_LIMITS, _FIT_CHOICES)
+
+
+_FIT_LIMITS = (
+    ("n_layers", 0, math.inf, "at least 0"),
+    ("max_length", 0, math.inf, "at least 0"),
+    ("epochs", 1, math.inf, "at least 1"),
+    ("batch_size", 1, math.inf, "at least 1"),
+    ("learning_rate", _TINY, 1e300, "above 0 and finite"),
+    ("l2", 0, 1e300, "at least 0 and finite"),
+    ("limit", 0, math.inf, "at least 0"),
+    ("seed", -(2**63), 2**63 - 1, "a 64-bit integer"),
+)
+_FIT_CHOICES = {
+    "kind": ("pairwise", "reward"),
+    "pooling": ("last", "mean"),
+    "dtype": _CHOICES["dtype"],
+}
+BUILT_IN = (Path(__file__).parent / "configs", Path(__file__).parent / "recipes")
+
+
+def _check(config, limits: tuple, choices: dict) -> None:
+    for name, low, high, wanted in limits:
+        value = getattr(config, name)
+        if not low <= value <= high:
+            raise ValueError(f"config: {name} must be {wanted}, got {value!r}")
+    for name, known in choices.items():
+        value = getattr(config, name)
+        if value not in known:
+            raise ValueError(
+                f"config: {name} must be one of {', '.join(map(repr, known))}, got {value!r}"
+                + _nearest(value, known)
+            )
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; do you mean {close[0]}?" if close and close[0] else ""
 
 
 @functools.cache
-def field_help() -> dict[str, str]:
-    """The string under each field of ``Config``."""
+def field_help(kind: type = Config) -> dict[str, str]:
+    """The string under each field of a configuration."""
     (body,) = (
         node.body
-        for node in ast.parse(inspect.getsource(Config)).body
+        for node in ast.parse(inspect.getsource(kind)).body
         if isinstance(node, ast.ClassDef)
     )
     return {
@@ -179,10 +261,10 @@ def field_help() -> dict[str, str]:
     }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, kind: type = Config) -> None:
     """One flag a field; a flag that is not given stays out of the namespace."""
-    for field in dataclasses.fields(Config):
-        text = field_help()[field.name].replace("%", "%%")
+    for field in dataclasses.fields(kind):
+        text = field_help(kind)[field.name].replace("%", "%%")
         default = repr(field.default) if field.default == "" else field.default
         options = {"help": f"{text} (default: {default})", "default": argparse.SUPPRESS}
         flag = "--" + field.name.replace("_", "-")
@@ -193,25 +275,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(flag, type=field.type, metavar=metavar, **options)
 
 
-def load(source: str, overrides: dict | None = None) -> Config:
-    """A configuration from a YAML file or a built-in name, with fields overridden.
+def load(source: str, overrides: dict | None = None, kind: type = Config):
+    """A ``kind`` from a YAML file or a built-in name, with fields overridden.
 
     Raises:
         ValueError: no such file or name, not a mapping, an unknown field, a wrong type or value.
     """
-    values = _read(source) if source else {}
-    return from_dict(values | (overrides or {}), source or "the command line")
+    values = _read(source, kind) if source else {}
+    return from_dict(values | (overrides or {}), source or "the command line", kind)
 
 
-def _read(source: str) -> dict:
-    names = sorted(path.stem for path in BUILT_IN.glob("*.yaml"))
-    path = BUILT_IN / f"{source}.yaml" if source in names else Path(source)
+def built_in(kind: type = Config) -> dict[str, Path]:
+    """The files of the built-in configurations of a kind, by name."""
+    paths = {path.stem: path for folder in BUILT_IN for path in folder.glob("*.yaml")}
+    fits = kind is FitConfig
+    return {name: paths[name] for name in sorted(paths) if name.endswith("-preference") == fits}
+
+
+def _read(source: str, kind: type) -> dict:
+    known = built_in(kind)
+    path = known.get(source, Path(source))
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        known = ", ".join(names)
         raise ValueError(
-            f"config: cannot read {source}: {error.strerror}; give a YAML file or one of: {known}"
+            f"config: cannot read {source}: {error.strerror}{_nearest(source, known)}; give a YAML "
+            f"file or one of: {', '.join(known)}"
         ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         first = " ".join(str(error).split())
@@ -221,16 +310,15 @@ def _read(source: str) -> dict:
     return values
 
 
-def from_dict(values: dict, source: str) -> Config:
-    types = {field.name: field.type for field in dataclasses.fields(Config)}
+def from_dict(values: dict, source: str, kind: type = Config):
+    types = {field.name: field.type for field in dataclasses.fields(kind)}
     checked = {}
     for name, value in values.items():
         if name not in types:
-            close = difflib.get_close_matches(str(name), types, n=1)
-            hint = f"; do you mean {close[0]}?" if close else ""
+            hint = _nearest(name, types)
             raise ValueError(f"config: {source} has an unknown field {name!r}{hint}")
         checked[name] = _typed(name, value, types[name], source)
-    return Config(**checked)
+    return kind(**checked)
 
 
 def _typed(name: str, value, kind: type, source: str):
@@ -247,10 +335,10 @@ def _typed(name: str, value, kind: type, source: str):
     raise ValueError(f"config: {name} in {source} must be a {kind.__name__}, got {value!r}")
 
 
-def dump(config: Config) -> str:
+def dump(config: Config | FitConfig) -> str:
     """Every field as YAML."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
-def save(config: Config, path: Path) -> None:
+def save(config: Config | FitConfig, path: Path) -> None:
     path.write_text(dump(config), encoding="utf-8")

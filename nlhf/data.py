@@ -2,8 +2,12 @@
 
 Formats (those of TRL): standard rows have strings under ``prompt``, or ``prompt``, ``chosen`` and
 ``rejected``; conversational rows have lists of ``{"role", "content"}`` messages there. A preference
-row without a prompt shares the beginning of its two responses, which becomes the prompt. An
+row without a prompt shares the beginning of its two responses, which becomes the prompt; so does
+one whose prompt is a string beside responses that are whole conversations (UltraFeedback). An
 optional ``probability`` column holds P(chosen > rejected), 1.0 where it is missing.
+
+A source is a .jsonl, .jsonl.gz or .parquet file, or a data set of the hub: ``name`` or
+``name#split``, the split "train" where none is named.
 """
 
 import contextlib
@@ -65,11 +69,15 @@ def read_prompts(
 ) -> list[Text]:
     """The prompts of a data set: strings, or lists of messages where it is conversational.
 
-    source: a .jsonl, .jsonl.gz or .parquet file, or a hub name (then `split` counts).
+    source: a file, or a hub name; of a preference data set, the prompts that it is read with.
+    split: that of a hub name which names none itself.
     limit: read at most so many rows. Raises ValueError naming file, row and column.
     """
     prompts = []
     for where, row in _rows(source, split, limit):
+        if _in_responses(row, column):
+            prompts.append(_pair(row, where, column)[0])
+            continue
         _need(row, (column,), where)
         prompts.append(_check_text(row[column], column, where, empty_ok=False))
     return prompts
@@ -81,24 +89,24 @@ def read_preferences(
     """The pairs of a preference data set; arguments and errors as in `read_prompts`."""
     columns: tuple[list, ...] = ([], [], [], [])
     for where, row in _rows(source, split, limit):
-        _need(row, ("chosen", "rejected"), where)
-        chosen = _check_text(row["chosen"], "chosen", where, empty_ok=True)
-        rejected = _check_text(row["rejected"], "rejected", where, empty_ok=True)
-        if type(chosen) is not type(rejected):
-            raise ValueError(f"{where}: chosen and rejected must both be strings or both messages")
-        if row.get("prompt") is None:
-            prompt, chosen, rejected = _split_prefix(chosen, rejected, where)
-        else:
-            prompt = _check_text(row["prompt"], "prompt", where, empty_ok=False)
-            if type(prompt) is not type(chosen):
-                raise ValueError(
-                    f"{where}: prompt and responses must all be strings or all messages"
-                )
         probability = row.get("probability")
-        values = (prompt, chosen, rejected, _check_probability(probability, where))
+        values = (*_pair(row, where), _check_probability(probability, where))
         for values_so_far, value in zip(columns, values, strict=True):
             values_so_far.append(value)
     return Preferences(*columns)
+
+
+def read_completions(
+    source: str | os.PathLike, *, split: str = "train", limit: int | None = None
+) -> tuple[list[Text], list[str]]:
+    """Prompts as in `read_prompts`, and what the column ``completion`` answers, as plain text."""
+    prompts, completions = [], []
+    for where, row in _rows(source, split, limit):
+        _need(row, ("prompt", "completion"), where)
+        prompts.append(_check_text(row["prompt"], "prompt", where, empty_ok=False))
+        answer = _check_text(row["completion"], "completion", where, empty_ok=True)
+        completions.append(plain_text(answer))
+    return prompts, completions
 
 
 def render_prompt(prompt: Text, tokenizer: Any) -> str:
@@ -230,6 +238,10 @@ def _parquet_rows(name: str) -> Iterator[tuple[str, dict]]:
 
 
 def _hub_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
+    name, mark, named = name.partition("#")
+    if mark and (Path(name).is_file() or not named):
+        raise ValueError(f"{name}#{named}: #split is for a data set of the hub, not for a file")
+    split = named or split
     try:
         import datasets
     except ImportError as error:
@@ -246,6 +258,32 @@ def _hub_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
         ) from error
     for number, row in enumerate(table, start=1):
         yield f"{name} ({split}), row {number}", row
+
+
+def _in_responses(row: dict, column: str) -> bool:
+    """Whether both responses begin with the prompt, which the row lacks or has as a bare string."""
+    prompt, chosen, rejected = (row.get(name) for name in (column, "chosen", "rejected"))
+    if prompt is None:
+        return chosen is not None and rejected is not None
+    conversations = isinstance(chosen, list) and isinstance(rejected, list)
+    return (
+        isinstance(prompt, str) and conversations and len(chosen) > 1 and chosen[:1] == rejected[:1]
+    )
+
+
+def _pair(row: dict, where: str, column: str = "prompt") -> tuple[Text, Text, Text]:
+    """(prompt, chosen, rejected) of a preference row."""
+    _need(row, ("chosen", "rejected"), where)
+    chosen = _check_text(row["chosen"], "chosen", where, empty_ok=True)
+    rejected = _check_text(row["rejected"], "rejected", where, empty_ok=True)
+    if type(chosen) is not type(rejected):
+        raise ValueError(f"{where}: chosen and rejected must both be strings or both messages")
+    if _in_responses(row, column):
+        return _split_prefix(chosen, rejected, where)
+    prompt = _check_text(row[column], column, where, empty_ok=False)
+    if type(prompt) is not type(chosen):
+        raise ValueError(f"{where}: prompt and responses must all be strings or all messages")
+    return prompt, chosen, rejected
 
 
 def _need(row: dict, names: tuple[str, ...], where: str) -> None:

@@ -120,6 +120,8 @@ def table(result: dict) -> str:
     ]
     if "lexicon" in after:
         lines.append(f"| lexicon score | {before['lexicon']:.3f} | {after['lexicon']:.3f} |")
+    found = result.get("findings", [])
+    lines += [""] * bool(found) + [f"* step {f['step']}: {f['text']}" for f in found]
     lines += ["", "| prompt | reference | trained |", "|---|---|---|"]
     lines += [f"| {' | '.join(map(_cell, sample))} |" for sample in result["samples"]]
     return "\n".join(lines) + "\n"

@@ -4,13 +4,15 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import logging
 import math
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from nlhf import algorithms, checkpoint, config, evaluate, parts, plots, policy
+from nlhf import algorithms, checkpoint, config, diagnosis, evaluate, parts, plots, policy
 from nlhf.config import Config
 from nlhf.learner import Learner
 
@@ -44,6 +46,7 @@ def run(settings: Config, resume: bool = False) -> dict:
     saved = checkpoint.complete(output / "checkpoints")
     done = checkpoint.load(saved[-1], learner) if saved else 0
     metrics = _keep_metrics(output / "metrics.jsonl", done)
+    found = diagnosis.history(metrics, settings)
     with Log(output, settings.algorithm, done, settings.steps) as log:
         for step in range(done, settings.steps):
             row = learner.step(step)
@@ -52,15 +55,19 @@ def run(settings: Config, resume: bool = False) -> dict:
                 row |= evaluate.quick(pieces)
             log(row)
             metrics.append(row)
+            for finding in diagnosis.diagnose(metrics, settings):
+                if finding.name not in {before.name for before in found}:
+                    found.append(finding)
+                    log.warn(finding)
             last = step + 1 == settings.steps
             if settings.checkpoint_every and (last or (step + 1) % settings.checkpoint_every == 0):
                 keep = settings.keep_checkpoints
                 folder = output / "checkpoints"
                 checkpoint.save(folder, step + 1, learner, keep)
-    return _finish(learner, metrics, output)
+    return _finish(learner, metrics, output, found)
 
 
-def _finish(learner: Learner, metrics: list[dict], output: Path) -> dict:
+def _finish(learner: Learner, metrics: list[dict], output: Path, found: list) -> dict:
     pieces = learner.parts
     plots.curves(metrics, output / "curves.png")
     policy.save(pieces.policy, pieces.tokenizer, output / "model")
@@ -77,6 +84,7 @@ def _finish(learner: Learner, metrics: list[dict], output: Path) -> dict:
             stack.enter_context(pieces.policy.disable_adapter())
             pieces = dataclasses.replace(pieces, ref=pieces.policy)
         result = evaluate.report(pieces, trained)
+    result["findings"] = [dataclasses.asdict(finding) for finding in found]
     evaluate.save(result, output)
     return result
 
@@ -117,6 +125,11 @@ class Log:
             + " ".join(f"{name} {seconds:.1f}s" for name, seconds in phases.items())
         )
         self._bar.update()
+
+    def warn(self, finding: diagnosis.Finding) -> None:
+        # above the bar, which is drawn again below it
+        with logging_redirect_tqdm():
+            logging.getLogger(__name__).warning("step %d: %s", finding.step, finding.text)
 
 
 def _claim(output: Path, settings: Config, resume: bool) -> None:

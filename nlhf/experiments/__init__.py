@@ -14,6 +14,12 @@ class Experiment:
 
 
 EXPERIMENTS = {
+    "mixture-sweep": Experiment(
+        "mixture_sweep", "which mixture with the reference should be the opponent?", 4
+    ),
+    "tau-sweep": Experiment(
+        "tau_sweep", "what does tau buy, and does a run notice that it fails?", 4
+    ),
     "intransitive": Experiment(
         "intransitive",
         "how exploitable are RLHF, DPO and Nash policies where preferences go around in circles?",
@@ -29,6 +35,10 @@ EXPERIMENTS = {
         "stability",
         "which of Nash-MD-PG, online IPO, Nash-MP and Nash Prox bears the largest learning rate?",
         3,
+    ),
+    "cost": Experiment("cost", "what does a step of each algorithm cost beside RLHF's?", 4),
+    "preference-ablation": Experiment(
+        "preference_ablation", "which learned preference survives the shift of the policy?", 4
     ),
 }
 

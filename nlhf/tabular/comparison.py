@@ -214,7 +214,8 @@ def plot(curves: list[Curve], title: str, path: Path) -> None:
                 linewidth=1.6,
             )
         axis.set(xscale="log", yscale="log", xlabel="iteration", title=label)
-        axis.set_ylim(bottom=_FLOOR / 2)
+        low = min(value for curve in curves for value in getattr(curve, name)[1:] or [1.0])
+        axis.set_ylim(bottom=max(low, _FLOOR) / 2)
         axis.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)

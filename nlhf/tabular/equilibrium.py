@@ -122,6 +122,7 @@ def _path(game: MatrixGame) -> tuple[Tensor, int]:
     if game.tau >= _EASY:
         tau = torch.full_like(tau, game.tau)
     gap = gap_of(policy, tau)
+    done = torch.zeros_like(tau, dtype=torch.bool)
     for step in range(1, _NEWTON_STEPS):
         wrong = policy - game.log_ref - game.wins(policy) / tau[..., None]
         new = _newton(game, policy, wrong, tau[..., None], gap)
@@ -129,8 +130,9 @@ def _path(game: MatrixGame) -> tuple[Tensor, int]:
         close = new_gap < _CLOSE
         stuck = ~close & ~(new_gap < gap / 2)
         at_end = tau == game.tau
-        # rounding ends it: no better, and good
-        if (at_end & close & ((new_gap < 1e-27) | (new_gap > gap / 2) & (new_gap < 1e-16))).all():
+        # rounding ends it: good, and no better than before. once is enough: from then on it wobbles
+        done |= at_end & close & ((new_gap < 1e-27) | (new_gap > gap / 2))
+        if done.all():
             return new, step
         solved = torch.where(close[..., None], new, solved)
         solved_tau = torch.where(close, tau, solved_tau)

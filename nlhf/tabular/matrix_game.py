@@ -16,8 +16,8 @@ from nlhf.tabular.policies import kl
 
 ANTISYMMETRY = 1e-12
 _SUM = 1e-6
-# entries of a matrix that are looked at together: 64 MiB in float64
-_BLOCK = 2**23
+# entries of a matrix that are looked at together: 8 MiB in float64
+_BLOCK = 2**20
 
 
 def row_blocks(matrix: Tensor) -> Iterator[slice]:
@@ -56,7 +56,7 @@ class MatrixGame:
     """The largest abs(P + P^T - 1), at most 1e-12."""
 
     def __post_init__(self):
-        preference = torch.as_tensor(self.preference).detach().to(torch.float64)
+        preference = torch.as_tensor(self.preference, dtype=torch.float64).detach()
         if preference.dim() < 2 or preference.shape[-1] != preference.shape[-2]:
             raise ValueError(
                 f"MatrixGame: preference must be (..., Y, Y), got shape {tuple(preference.shape)}"
@@ -90,11 +90,12 @@ class MatrixGame:
     def _set_ref(self, ref: Any) -> None:
         shape = self.preference.shape[:-1]
         if ref is None:
-            ref = torch.full(shape[-1:], 1 / shape[-1])
-        ref = torch.as_tensor(ref).detach().to(self.device, torch.float64)
+            ref = torch.full(shape[-1:], 1 / shape[-1], dtype=torch.float64)
+        ref = torch.as_tensor(ref, dtype=torch.float64, device=self.device).detach()
         if ref.shape not in (shape, shape[-1:]):
             raise ValueError(
-                f"MatrixGame: ref must have shape {tuple(shape)} or {tuple(shape[-1:])}, "
+                f"MatrixGame: ref must have one probability for each of the {shape[-1]} actions, "
+                f"shape {' or '.join(sorted({str(tuple(s)) for s in (shape, shape[-1:])}))}, "
                 f"got {tuple(ref.shape)}"
             )
         bad = ~((ref > 0) & (ref <= 1 + _SUM))

@@ -20,7 +20,7 @@ LIMITS = {
     "best_response": "the best response to the reference",
     "bradley_terry": "the optimum of RLHF on the Bradley-Terry fit",
     "unregularised": "an equilibrium of the original game",
-    "iterates": "nothing: only the average approaches an equilibrium of the original game",
+    "iterates": "no policy where preferences are cyclic: only the average nears an equilibrium",
 }
 
 
