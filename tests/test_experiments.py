@@ -25,6 +25,12 @@ from nlhf.tabular import (
 OURS = ("intransitive", "one-step-mixture", "stability")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    with training.one_thread():
+        yield
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_an_experiment_ends_with_table_plot_and_seed(name, tmp_path, capsys):
     folder = tmp_path / "out"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Experiment:
-    """``minutes``: measured at the default size on two cores."""
+    """``minutes``: measured at the default size on one core."""
 
     module: str
     question: str
@@ -34,7 +34,7 @@ EXPERIMENTS = {
     "stability": Experiment(
         "stability",
         "which of Nash-MD-PG, online IPO, Nash-MP and Nash Prox bears the largest learning rate?",
-        4,
+        3,
     ),
     "cost": Experiment("cost", "what does a step of each algorithm cost beside RLHF's?", 4),
     "preference-ablation": Experiment(

@@ -47,6 +47,7 @@ class Play:
     table: MatrixGame
 
 
+@training.one_thread()
 def run(settings: Settings) -> Result:
     exact = {}
     for name in TABULAR:
@@ -193,7 +194,6 @@ def sample_pairs(play: Play, count: int, seed: int) -> Preferences:
     return Preferences([game.prompts[i] for i in x.tolist()], chosen, rejected, [1.0] * count)
 
 
-@training.one_thread()
 def learned(
     kind: type[PreferenceModel], game: SequenceGame, pairs: Preferences, seed: int, template: str
 ) -> PreferenceModel:

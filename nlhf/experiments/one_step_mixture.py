@@ -23,7 +23,7 @@ COEFS = (0.125, 0.25, 0.5, 0.75, 0.875)
 LENGTHS = (1, 2, 3, 4)
 TAUS = (0.01, 0.03, 0.1)
 GAMES = ("dice", "population", "mixed")
-PROMPTS, SAMPLES, LM_TOKENS = 8, 32, 16
+RANDOM, PROMPTS, SAMPLES, LM_TOKENS = 5, 8, 32, 16
 _TOLERANCE = 1e-10
 
 
@@ -37,35 +37,16 @@ class Pair:
 
 
 def run(settings: Settings) -> Result:
-    game = games.make("population", length=LENGTHS[-1])
-    ref = training.reference(game, settings.seed, steps=settings.count(200, 20))
-    trained = training.train(
-        game, ref, game, seed=settings.seed, tau=0.01, steps=settings.count(150, 5)
-    ).model
-    pairs = [_pair("trained, tau 0.01", game, trained, ref)]
-    seeds = [settings.seed + i for i in range(settings.count(5, 2))]
-    for seed in seeds:
-        models = [training.transformer(game, 2 * seed + i, std=0.3) for i in (0, 1)]
-        pairs.append(_pair("random", game, *models))
-
-    distances = {
-        (name, T, b): [_distance(pair, T, b) for pair in pairs if pair.name == name]
-        for name in ("random", pairs[0].name)
-        for T in LENGTHS
-        for b in COEFS
-    }
-    checks = [
-        _check(game, name, policy, other, b, settings)
-        for name, policy, other in [("random", *models), (pairs[0].name, trained, ref)]
-        for b in (0.125, 0.5)
-    ]
+    # the one part that is large enough for more than one thread
     language, about = _language_models(settings)
-    limits = _limits(settings)
+    with training.one_thread():
+        distances, checks = _sequences(settings)
+        limits = _limits(settings)
     return Result(
         "one-step-mixture",
         settings.seed,
         {
-            "random pairs": len(seeds),
+            "random pairs": settings.count(RANDOM, 2),
             "language model": about,
             "samples a prompt": settings.count(SAMPLES, 4),
             "prompts": settings.count(PROMPTS, 2),
@@ -88,6 +69,33 @@ def run(settings: Settings) -> Result:
         _meaning(distances, checks, language, limits),
         (INTERVALS, "TV: total variation. KL: KL(one-step, sequence), in nats a response."),
     )
+
+
+def _sequences(settings: Settings) -> tuple[dict, list]:
+    """(TV, KL) of every (pair, length, b), a number a pair; and rows of checks."""
+    game = games.make("population", length=LENGTHS[-1])
+    ref = training.reference(game, settings.seed, steps=settings.count(200, 20))
+    trained = training.train(
+        game, ref, game, seed=settings.seed, tau=0.01, steps=settings.count(150, 5)
+    ).model
+    pairs = [_pair("trained, tau 0.01", game, trained, ref)]
+    seeds = [settings.seed + i for i in range(settings.count(RANDOM, 2))]
+    for seed in seeds:
+        models = [training.transformer(game, 2 * seed + i, std=0.3) for i in (0, 1)]
+        pairs.append(_pair("random", game, *models))
+
+    distances = {
+        (name, T, b): [_distance(pair, T, b) for pair in pairs if pair.name == name]
+        for name in ("random", pairs[0].name)
+        for T in LENGTHS
+        for b in COEFS
+    }
+    checks = [
+        _check(game, name, policy, other, b, settings)
+        for name, policy, other in [("random", *models), (pairs[0].name, trained, ref)]
+        for b in (0.125, 0.5)
+    ]
+    return distances, checks
 
 
 # ---- exactly, on games

@@ -48,6 +48,7 @@ class Outcome:
     diverged: Tensor
 
 
+@training.one_thread()
 def run(settings: Settings) -> Result:
     exact = {}
     for name in GAMES:
