@@ -23,7 +23,7 @@ EXPERIMENTS = {
     "intransitive": Experiment(
         "intransitive",
         "how exploitable are RLHF, DPO and Nash policies where preferences go around in circles?",
-        6,
+        5,
     ),
     "one-step-mixture": Experiment(
         "one_step_mixture",
