@@ -263,20 +263,21 @@ def mixture_coef(config: Config, step: int) -> float:
 
 def table() -> str:
     """Every algorithm with its opponent, anchors, loss, limit and source, as Markdown."""
-    lines = [
-        "| algorithm | opponent | anchors | loss | needs | limit | source |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = [("algorithm", "opponent", "anchors", "loss", "needs", "limit", "source")]
     for name, a in ALGORITHMS.items():
-        opponents = ", then ".join(phase.opponent for phase in a.phases)
+        opponents = ", then ".join(dict.fromkeys(phase.opponent for phase in a.phases))
         anchors = ", ".join(f"{player} ({strength})" for player, strength in a.phases[0].anchors)
-        loss = "reward, policy gradient" if a.reward else a.loss
-        loss = "policy gradient" if loss == "pg" else loss
+        loss = "policy gradient" if a.loss == "pg" else a.loss
+        if a.reward:
+            loss += " on a reward"
         if a.sampler != "policy":
-            loss += f" on responses of the {a.sampler}"
-        needs = ", ".join(a.needs)
-        lines.append(
-            f"| {name} | {opponents} | {anchors} | {loss} | {needs} | {a.limit} | {a.citation} |"
-        )
-    lines += ["", *(f"limit {name}: {text}" for name, (text, _) in LIMITS.items())]
+            loss += f", responses of {a.sampler}"
+        rows.append((name, opponents, anchors, loss, ", ".join(a.needs), a.limit, a.citation))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, tuple("-" * width for width in widths))
+    lines = [
+        "| " + " | ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    lines += ["", *(f"- {name}: {text}" for name, (text, _) in LIMITS.items())]
     return "\n".join(lines) + "\n"

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 
 from nlhf.commands import algorithms, evaluate, fit_preference, reproduce, solve, train
@@ -25,6 +26,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
+    except BrokenPipeError:
+        # who reads has read enough, as head does; what is left has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         sys.stderr.write(f"nlhf: {error}\n")
         sys.exit(EXIT_BAD_INPUT)

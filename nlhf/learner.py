@@ -39,7 +39,6 @@ class Learner:
         self.players = Players(
             self.algorithm,
             pieces.policy,
-            pieces.ref,
             getattr(torch, c.copies_dtype) if c.copies_dtype else None,
             c.copies_device or None,
         )
@@ -136,11 +135,8 @@ class Learner:
         y, y_other = self.parts.decode(pair.y), self.parts.decode(pair.y_other)
         if self._reward is not None:
             # an independent response is an unbiased baseline, and makes 1/2 of no difference
-            reward = [torch.as_tensor(self._reward(shown, texts)) for texts in (y, y_other)]
-            wins = (reward[0] - reward[1]).to(device, torch.float32)
-            if not wins.isfinite().all():
-                raise ValueError("train: the reward of a response is not finite")
-            return wins + 0.5, None
+            margin = self._reward(shown, y) - self._reward(shown, y_other)
+            return margin.to(device) + 0.5, None
         if not judges:
             return self.parts.preference(shown, y, y_other).to(device), None
         n = self.parts.config.opponent_samples

@@ -75,7 +75,6 @@ def _device(model: nn.Module) -> torch.device:
 class Players:
     """The players of an algorithm, and how they change from step to step.
 
-    policy, ref: as everywhere; ref None is the base of a PEFT policy.
     dtype, device: of the copies' own weights, those of the policy if None.
     """
 
@@ -83,11 +82,10 @@ class Players:
         self,
         algorithm: Algorithm,
         policy: nn.Module,
-        ref: nn.Module | None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
-        self.policy, self.ref = policy, ref
+        self.policy = policy
         # what goes back into the policy must be what it was
         exact = {
             source for phase in algorithm.phases for to, source in phase.then if to == "policy"

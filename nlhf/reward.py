@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from nlhf.preference import Checked, JoinPrompt
@@ -10,23 +11,37 @@ Reward = Callable[[list[str], list[str]], Tensor]
 
 
 def as_reward(preference: Callable) -> Reward:
-    """r(prompts, responses) -> (B,) of a reward model, or of anything with a method ``reward``.
+    """r(prompts, responses) -> (B,) float32 of a reward model, or of anything with ``reward``.
 
     Raises:
-        ValueError: the preference is not made of a reward.
+        ValueError: the preference is not made of a reward; later, its answer is not B finite
+            numbers.
     """
-    inner = preference.preference if isinstance(preference, Checked) else preference
-    if isinstance(inner, JoinPrompt):
-        joined, reward = inner, as_reward(inner.preference)
+    found = _reward(preference.preference if isinstance(preference, Checked) else preference)
+
+    def checked(prompts: list[str], responses: list[str]) -> Tensor:
+        answer = torch.as_tensor(found(prompts, responses)).detach().to("cpu", torch.float32)
+        if answer.shape != (len(responses),) or not answer.isfinite().all():
+            got = f"got {tuple(answer.shape)}, {answer.isfinite().sum()} of them finite"
+            raise ValueError(f"reward: must return ({len(responses)},) finite numbers, {got}")
+        return answer
+
+    return checked
+
+
+def _reward(preference: Callable) -> Callable:
+    if isinstance(preference, JoinPrompt):
+        inner = _reward(preference.preference)
 
         def of_text(prompts: list[str], responses: list[str]) -> Tensor:
             texts = [p + y for p, y in zip(prompts, responses, strict=True)]
-            return reward([joined.instruction] * len(prompts), texts)
+            return inner([preference.instruction] * len(prompts), texts)
 
         return of_text
-    if not callable(getattr(inner, "reward", None)):
+    if not callable(getattr(preference, "reward", None)):
+        name = getattr(preference, "__name__", type(preference).__name__)
         raise ValueError(
-            f"reward: {getattr(inner, '__name__', type(inner).__name__)} is a preference without a "
-            "reward(prompts, responses); give a RewardModel (nlhf fit-preference --kind reward)"
+            f"reward: {name} is a preference without a reward(prompts, responses); give a "
+            "RewardModel (nlhf fit-preference --kind reward)"
         )
-    return inner.reward
+    return preference.reward

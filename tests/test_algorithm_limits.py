@@ -14,6 +14,8 @@ from nlhf.algorithms import ALGORITHMS, LIMITS
 from nlhf.learner import Learner
 from tests import softmax
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BETA = 0.3
 # two contexts: a cycle that is not symmetric, and an order; references that are not uniform
 CYCLE = [[0.5, 0.9, 0.2], [0.1, 0.5, 0.7], [0.8, 0.3, 0.5]]
@@ -30,7 +32,7 @@ EXACT = {
     "self_play": ({}, 400, 2.0),
     "best_response": ({}, 400, 2.0),
     "nash_ema_pg": ({"ema_decay": 0.5}, 400, 2.0),
-    "rlhf": ({}, 400, 2.0),
+    "rlhf": ({}, 1200, 3.0),
     "nash_mp": ({"ema_decay": 0.5, "eta": 1.0}, 400, 2.0),
     "nash_prox": ({"inner_steps": 10, "eta": 1.0}, 400, 2.0),
     "online_ipo": ({}, 400, 0.4),
@@ -46,13 +48,11 @@ def distance(a, b) -> float:
     return ((a.exp() - b.exp()).abs().sum(-1) / 2).max().item()
 
 
-def descend(name, cls, steps, rate, **changes):
-    """The learner after ``steps`` of plain gradient descent, and its policy after each."""
-    reward = tabular.bradley_terry(GAME) if ALGORITHMS[name].reward else None
-    pieces = softmax.pieces(
-        GAME, reward, algorithm=name, steps=steps, learning_rate=rate, **changes
-    )
-    learner = cls(pieces)
+def descend(name, cls, steps, rate, game=GAME, **changes):
+    """The policy after each of ``steps`` of plain gradient descent."""
+    reward = tabular.bradley_terry(game) if ALGORITHMS[name].reward else None
+    settings = {"algorithm": name, "steps": steps, "learning_rate": rate}
+    learner = cls(softmax.pieces(game, reward, **settings | changes))
     learner.optimizer = torch.optim.SGD(learner.policy.parameters(), lr=rate)
     for step in range(steps):
         learner.step(step)
@@ -71,7 +71,7 @@ def test_exact_gradients_lead_to_the_limit_of_the_table(name):
             assert distance(limit, LIMITS[other][1](GAME, BETA)) > 0.01
 
 
-# settings, steps, rate; 512 prompts a step
+# settings, steps, rate; 256 prompts a step
 SAMPLED = {
     "nash_md_pg": ({"mixture_coef": BETA}, 60, 2.0),
     "self_play": ({}, 60, 2.0),
@@ -91,28 +91,28 @@ SAMPLED = {
 @pytest.mark.parametrize("name", SAMPLED)
 def test_sampled_gradients_lead_to_the_limit_of_the_table(name):
     changes, steps, rate = SAMPLED[name]
-    iterates = descend(name, Learner, steps, rate, batch_size=512, **changes)
+    iterates = descend(name, Learner, steps, rate, batch_size=256, **changes)
     # the mean of the last iterates has less noise than one
     last = list(iterates)[-20:]
     found = torch.stack(last).exp().mean(0).log()
     limit = LIMITS[ALGORITHMS[name].limit][1](GAME, BETA)
-    assert distance(found, limit) < 0.04
+    assert distance(found, limit) < 0.05
     assert distance(GAME.log_ref, limit) > 0.1
 
 
 @pytest.mark.parametrize(
     ("name", "eta", "tolerance"),
-    [("inpo", 1.0, 1e-6), ("dno", 1.0, 1e-6), ("onpo", 1.0, 1e-6), ("sppo", 0.5, 2e-3)],
+    [("inpo", 1.0, 1e-4), ("dno", 1.0, 1e-4), ("onpo", 1.0, 1e-4), ("sppo", 0.5, 2e-3)],
 )
 def test_each_outer_iterate_is_the_tabular_update(name, eta, tolerance):
     """SPPO's squares leave out the normaliser: its minimum is the update to second order."""
     solver = {
-        "inpo": lambda: tabular.inpo(GAME, eta=eta),
-        "dno": lambda: tabular.dno(GAME, eta=eta),
-        "onpo": lambda: tabular.onpo(GAME, step=1 / eta),
-        "sppo": lambda: tabular.sppo(GAME, eta=eta),
+        "inpo": lambda: tabular.solvers.inpo(GAME, eta=eta),
+        "dno": lambda: tabular.solvers.dno(GAME, eta=eta),
+        "onpo": lambda: tabular.solvers.onpo(GAME, step=1 / eta),
+        "sppo": lambda: tabular.solvers.sppo(GAME, eta=eta),
     }[name]()
-    phases, inner, outer = len(ALGORITHMS[name].phases), 150, 4
+    phases, inner, outer = len(ALGORITHMS[name].phases), 100, 3
     rate = 3.0 if name == "dno" else 0.4
     changes = {"inner_steps": inner, "eta": eta, "batch_size": 2}
     found = descend(name, softmax.Exact, outer * phases * inner, rate, **changes)
@@ -129,14 +129,42 @@ def test_each_outer_iterate_is_the_tabular_update(name, eta, tolerance):
 @pytest.mark.parametrize(
     ("name", "changes", "steps", "rate"),
     [
-        ("mpo", {"inner_steps": 40}, 1600, 2.0),
-        ("onpo", {"inner_steps": 25, "eta": 4.0}, 3000, 0.4),
+        ("mpo", {"inner_steps": 30}, 1600, 3.0),
+        ("onpo", {"inner_steps": 10, "eta": 0.5}, 1600, 0.6),
     ],
 )
 def test_the_unregularised_equilibrium_is_approached(name, changes, steps, rate):
     *_, found = descend(name, softmax.Exact, steps, rate, batch_size=2, **changes)
     assert tabular.exploitability(GAME, found, tau=0).max() < 0.01
     assert tabular.exploitability(GAME, tabular.solve(GAME).policy, tau=0).max() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "rate"),
+    [
+        ("sppo", {"eta": 0.8, "opponent_samples": 4}, 0.3),
+        ("dno", {"eta": 1.0, "opponent_samples": 8}, 2.0),
+        ("onpo", {"eta": 1.0}, 0.3),
+    ],
+)
+def test_sampled_gradients_lead_to_the_tabular_update(name, changes, rate):
+    """DNO's soft labels are curved in the estimated win rates, so several responses make one."""
+    inner = 40 * len(ALGORITHMS[name].phases)
+    found = descend(name, Learner, 2 * inner, rate, batch_size=128, inner_steps=40, **changes)
+    arguments = {"step": 1 / changes["eta"]} if name == "onpo" else {"eta": changes["eta"]}
+    solver = getattr(tabular.solvers, name)(GAME, **arguments)
+    next(solver)
+    for policy in itertools.islice(found, inner - 1, None, inner):
+        assert distance(policy, next(solver)) < 0.05
+    assert distance(policy, GAME.log_ref) > 0.1
+
+
+def test_sampled_gradients_approach_the_unregularised_equilibrium():
+    """MPO; ONPO, whose way is long, is held to its updates."""
+    weak = GAME.replace(tau=0.1)
+    *_, found = descend("mpo", Learner, 160, 4.0, game=weak, batch_size=256, inner_steps=20)
+    assert tabular.exploitability(GAME, found, tau=0).max() < 0.03
+    assert tabular.exploitability(GAME, tabular.solve(weak).policy, tau=0).max() > 0.06
 
 
 def test_the_mixture_of_where_nash_md_pg_settles_is_the_equilibrium_at_another_temperature():

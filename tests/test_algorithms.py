@@ -2,16 +2,20 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import nlhf_kernels as nk
-from nlhf import algorithms, cli, config, learner, parts, players, train
+from nlhf import algorithms, cli, config, learner, parts, players, preference, train
 from nlhf.algorithms import ALGORITHMS
+from nlhf.reward import as_reward
 from tests import tiny
 from tests.test_train import folder, metrics, run_cli, settings, weights  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # what each needs beyond the defaults
 NEEDS = {
@@ -59,7 +63,7 @@ def test_the_table_is_that_of_the_issue_and_every_row_can_be_had():
     for name, algorithm in ALGORITHMS.items():
         assert algorithm.limit in algorithms.LIMITS
         assert "arXiv" in algorithm.citation
-        assert f"| {name} |" in algorithms.table()
+        assert f"| {name} " in algorithms.table()
         config.Config(algorithm=name)
 
 
@@ -243,7 +247,7 @@ def test_nlhf_algorithms_lists_them(capsys):
     cli.main(["algorithms"])
     shown = capsys.readouterr().out
     for name, algorithm in ALGORITHMS.items():
-        (line,) = [x for x in shown.splitlines() if x.startswith(f"| {name} |")]
+        (line,) = [x for x in shown.splitlines() if x.startswith(f"| {name} ")]
         assert algorithm.citation in line
         assert algorithm.phases[0].opponent in line
 
@@ -254,3 +258,35 @@ def test_the_algorithm_is_a_field_of_the_configuration(folder, tmp_path):  # noq
     assert config.load(str(tmp_path / "run" / "config.yaml")).algorithm == "self_play"
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert {"preference", "kl", "entropy"} <= row.keys()
+
+
+def test_the_page_has_the_table():
+    page = Path(__file__).parent.parent / "docs" / "algorithms.md"
+    assert algorithms.table() in page.read_text(encoding="utf-8")
+
+
+def test_the_reward_of_a_joined_model_is_that_of_the_whole_text():
+    model = preference.RewardModel(
+        tiny.llama(dtype=torch.float32), tiny.tokenizer(), template="{response}"
+    )
+    model.head.weight.data.normal_()
+    joined = preference.JoinPrompt(model, "w9")
+    found = as_reward(preference.Checked(joined))(["w1 w2 ", "w3 "], ["w4", "w5"])
+    assert torch.equal(found, model.reward(["", ""], ["w1 w2 w4", "w3 w5"]))
+    # the preference is the sigmoid of its difference
+    both = joined(["w1 w2 "], ["w4"], ["w5"])
+    other = as_reward(joined)(["w1 w2 "], ["w5"])
+    assert torch.allclose(both.logit(), found[:1] - other, atol=1e-3)
+    pairwise = preference.PairwiseModel(tiny.llama(dtype=torch.float32), tiny.tokenizer())
+    with pytest.raises(ValueError, match="PairwiseModel is a preference without a reward"):
+        as_reward(preference.JoinPrompt(pairwise, "w9"))
+
+
+@pytest.mark.parametrize("answer", [[1.0], [1.0, float("nan")], [[1.0, 2.0]]])
+def test_a_reward_that_is_no_number_a_response_is_refused(answer):
+    class Odd(Judge):
+        def reward(self, prompts, responses):
+            return answer
+
+    with pytest.raises(ValueError, match=r"must return \(2,\) finite numbers"):
+        as_reward(Odd())(["", ""], ["w1", "w2"])

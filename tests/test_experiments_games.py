@@ -10,6 +10,12 @@ from nlhf import rollout
 from nlhf.experiments import games, training
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    with training.one_thread():
+        yield
+
+
 @pytest.fixture(scope="module")
 def small():
     """Three words, at most two of them: 13 responses."""

@@ -13,7 +13,8 @@ def add(commands) -> None:
         description="Train a policy by Nash learning (nlhf algorithms lists the algorithms). "
         "Flags override the file.",
     )
-    parser.add_argument("--config", default="", help="a YAML file, or a built-in name: quickstart")
+    names = ", ".join(config.built_in())
+    parser.add_argument("--config", default="", help=f"a YAML file, or a built-in name: {names}")
     parser.add_argument(
         "--resume",
         action="store_true",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Experiment:
-    """``minutes``: measured at the default size on two cores."""
+    """``minutes``: measured at the default size on one core."""
 
     module: str
     question: str
@@ -29,12 +29,12 @@ EXPERIMENTS = {
         "one_step_mixture",
         "how far is the mixture taken a token at a time from that of whole sequences, and what "
         "does it do to the equilibrium?",
-        3,
+        2,
     ),
     "stability": Experiment(
         "stability",
         "which of Nash-MD-PG, online IPO, Nash-MP and Nash Prox bears the largest learning rate?",
-        4,
+        3,
     ),
     "cost": Experiment("cost", "what does a step of each algorithm cost beside RLHF's?", 4),
     "preference-ablation": Experiment(

@@ -14,7 +14,7 @@ import nlhf_kernels as nk
 from nlhf.data import Preferences
 from nlhf.experiments import games, training
 from nlhf.experiments.games import END, SequenceGame
-from nlhf.experiments.report import INTERVALS, Result, Settings, Table, interval
+from nlhf.experiments.report import INTERVALS, Result, Settings, Table, interval, number
 from nlhf.preference import PairwiseModel, PreferenceModel, RewardModel
 from nlhf.preference_fit import fit
 from nlhf.tabular import MatrixGame, exploitability, kl, nash_md_pg_limit, normalise, rlhf, solve
@@ -47,6 +47,7 @@ class Play:
     table: MatrixGame
 
 
+@training.one_thread()
 def run(settings: Settings) -> Result:
     exact = {}
     for name in TABULAR:
@@ -93,7 +94,7 @@ def run(settings: Settings) -> Result:
             *(_duel_table(name, list(trained[name]), wins) for name, wins in duels.items()),
         ],
         lambda figure: _plot(figure, exact, trained),
-        _meaning(exact, trained, duels),
+        _meaning(exact, trained),
         (INTERVALS, "All win rates are by the true preference, over all pairs of responses."),
     )
 
@@ -193,7 +194,6 @@ def sample_pairs(play: Play, count: int, seed: int) -> Preferences:
     return Preferences([game.prompts[i] for i in x.tolist()], chosen, rejected, [1.0] * count)
 
 
-@training.one_thread()
 def learned(
     kind: type[PreferenceModel], game: SequenceGame, pairs: Preferences, seed: int, template: str
 ) -> PreferenceModel:
@@ -276,5 +276,23 @@ def _plot(figure, exact: dict, trained: dict) -> None:
         axis.legend(fontsize=8)
 
 
-def _meaning(exact: dict, trained: dict, duels: dict) -> str:
-    return ""
+def _meaning(exact: dict, trained: dict) -> str:
+    lines = ["Exploitability in the original game, max P(y > policy) - 1/2:", ""]
+    for name, rows in exact.items():
+        cells = {who: number(m[2].item()) for who, m in rows.items()}
+        lines.append(f"- {name}, optima: " + ", ".join(f"{w} {x}" for w, x in cells.items()) + ".")
+    for name, rows in trained.items():
+        cells = {who: interval(torch.stack(m)[:, 2]) for who, m in rows.items()}
+        lines.append(f"- {name}, trained: " + "; ".join(f"{w} {x}" for w, x in cells.items()) + ".")
+    lines += [
+        "",
+        "A reward has to rank what goes around in a circle, so RLHF and DPO put their mass where "
+        "one answer beats them; the equilibrium spreads it. How much that matters is a matter of "
+        "the game: compare a game's rows at one KL, since at one tau RLHF goes farther from the "
+        "reference than Nash does, whose gain against an equal opponent is 0. For the same reason "
+        "a duel at one tau does not decide between them: RLHF may win it, and still be the more "
+        "exploitable. In the control, where a reward explains every preference, RLHF loses "
+        "nothing by it. What Nash learning gains in practice hangs on the preference that it is "
+        "given: compare nash_md_pg with a learned and with the true one.",
+    ]
+    return "\n".join(lines)

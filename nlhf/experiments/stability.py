@@ -24,7 +24,7 @@ SHARES = (0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)
 QUERIES = 600
 # KL(limit, policy) under which an exact solver has arrived
 ARRIVED = 1e-6
-DEEP_GAME, RATES, STEPS, SEEDS = "mixed", (1e-3, 4e-3, 1.6e-2, 6.4e-2, 0.256), 80, 2
+DEEP_GAME, RATES, STEPS, SEEDS = "mixed", (1e-3, 4e-3, 1.6e-2, 6.4e-2, 0.256), 60, 3
 PROX, INNER = 1.0, 10
 # tabular solver, the queries of an iteration, and the settings of the deep algorithm
 METHODS = {
@@ -48,6 +48,7 @@ class Outcome:
     diverged: Tensor
 
 
+@training.one_thread()
 def run(settings: Settings) -> Result:
     exact = {}
     for name in GAMES:
