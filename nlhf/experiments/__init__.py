@@ -36,7 +36,7 @@ EXPERIMENTS = {
         "which of Nash-MD-PG, online IPO, Nash-MP and Nash Prox bears the largest learning rate?",
         3,
     ),
-    "cost": Experiment("cost", "what does a step of each algorithm cost beside RLHF's?", 4),
+    "cost": Experiment("cost", "what does a step of each algorithm cost beside RLHF's?", 9),
     "preference-ablation": Experiment(
         "preference_ablation", "which learned preference survives the shift of the policy?", 3
     ),
