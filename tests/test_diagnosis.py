@@ -158,7 +158,7 @@ def swinging(seed: int, name: str, period: float, size: float, decay: float = 0.
     return rows
 
 
-@pytest.mark.parametrize("period", [6, 10, 20, 50])
+@pytest.mark.parametrize("period", [2, 6, 10, 20, 50])
 @pytest.mark.parametrize(("name", "size"), [("preference", 0.35), ("kl", 0.8)])
 def test_oscillation_is_seen_at_any_period(name, size, period):
     for seed in range(4):

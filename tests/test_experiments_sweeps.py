@@ -233,7 +233,7 @@ def test_cost_end_to_end(capsys, tmp_path, monkeypatch):
 
 
 def test_cost_counts_what_is_trained_and_generated():
-    job = cost.Job("rlhf", "1M", 0, 1, 0, "cpu")
+    job = cost.Job("rlhf", "1M", 0, 2, 0, "cpu")
     measured = cost.measure(job)
     assert measured.parameters == 852608
     assert measured.tokens_per_second * measured.seconds == pytest.approx(2 * 8 * 16, rel=0.5)

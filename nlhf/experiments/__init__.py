@@ -15,7 +15,7 @@ class Experiment:
 
 EXPERIMENTS = {
     "mixture-sweep": Experiment(
-        "mixture_sweep", "which mixture with the reference should be the opponent?", 4
+        "mixture_sweep", "which mixture with the reference should be the opponent?", 5
     ),
     "tau-sweep": Experiment(
         "tau_sweep", "what does tau buy, and does a run notice that it fails?", 4
@@ -36,9 +36,9 @@ EXPERIMENTS = {
         "which of Nash-MD-PG, online IPO, Nash-MP and Nash Prox bears the largest learning rate?",
         3,
     ),
-    "cost": Experiment("cost", "what does a step of each algorithm cost beside RLHF's?", 4),
+    "cost": Experiment("cost", "what does a step of each algorithm cost beside RLHF's?", 9),
     "preference-ablation": Experiment(
-        "preference_ablation", "which learned preference survives the shift of the policy?", 4
+        "preference_ablation", "which learned preference survives the shift of the policy?", 3
     ),
 }
 
