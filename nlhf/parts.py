@@ -27,33 +27,14 @@ class Parts:
     lexicon: Callable[[str], float] | None
     device: torch.device
 
-    def render(self, prompts: list) -> list[str]:
-        """What the policy reads: the chat template is applied to conversations."""
-        return [data.render_prompt(prompt, self.tokenizer) for prompt in prompts]
-
     def encode(self, prompts: list) -> tuple[Tensor, Tensor]:
-        """Left-padded ids and mask, (B, P) on the device."""
-        # a chat template writes its own special tokens
-        special = all(isinstance(prompt, str) for prompt in prompts)
-        batch = self.tokenizer(
-            self.render(prompts),
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-            add_special_tokens=special,
-        )
-        return batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
-
-    def end_tokens(self) -> list[int]:
-        """The tokenizer's end of sequence, and those that the model's generation config adds."""
-        own = getattr(getattr(self.policy, "generation_config", None), "eos_token_id", None)
-        more = [own] if isinstance(own, int) else list(own or [])
-        return sorted({self.tokenizer.eos_token_id, *more})
+        return encode(self.tokenizer, prompts, self.device)
 
     def decode(self, completion: rollout.Completion) -> list[str]:
-        rows = zip(completion.tokens.tolist(), completion.mask.tolist(), strict=True)
-        ids = [[t for t, real in zip(*row, strict=True) if real] for row in rows]
-        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return decode(self.tokenizer, completion)
+
+    def end_tokens(self) -> list[int]:
+        return end_tokens(self.policy, self.tokenizer)
 
     def generate_pair(self, prompts: list, seeds: Tensor, policy=None, **settings) -> rollout.Pair:
         """y of a policy and y' of its mixture; ``settings`` override those of the configuration."""
@@ -79,6 +60,32 @@ class Parts:
         ids = self.encode(prompts)
         y, y_other, *more = rollout.generate(sides, self.ref, *ids, seed=seeds, **chosen | settings)
         return rollout.Pair(*ids, y, y_other), more
+
+
+def encode(tokenizer, prompts: list, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Left-padded ids and mask, (B, P) on the device; conversations through the chat template."""
+    batch = tokenizer(
+        [data.render_prompt(prompt, tokenizer) for prompt in prompts],
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+        # a chat template writes its own special tokens
+        add_special_tokens=all(isinstance(prompt, str) for prompt in prompts),
+    )
+    return batch["input_ids"].to(device), batch["attention_mask"].to(device)
+
+
+def decode(tokenizer, completion: rollout.Completion) -> list[str]:
+    rows = zip(completion.tokens.tolist(), completion.mask.tolist(), strict=True)
+    ids = [[t for t, real in zip(*row, strict=True) if real] for row in rows]
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+def end_tokens(model: torch.nn.Module, tokenizer) -> list[int]:
+    """The tokenizer's end of sequence, and those that the model's generation config adds."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    more = [own] if isinstance(own, int) else list(own or [])
+    return sorted({tokenizer.eos_token_id, *more})
 
 
 def plain(prompts: list) -> list[str]:

@@ -292,40 +292,27 @@ def answer(contestant: Contestant, prompts: list, arguments, device) -> list[str
     import torch
     from tqdm import tqdm
 
-    from nlhf import data, parts, rollout
+    from nlhf import parts, rollout
 
     model, tokenizer = load(contestant.path, getattr(torch, arguments.dtype), device)
-    own = getattr(model.generation_config, "eos_token_id", None)
-    ends = {tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])}
     # every contestant has noise of its own: P(a > b) is over independent draws
     stream = zlib.crc32(contestant.name.encode())
     texts = []
     for start in tqdm(range(0, len(prompts), arguments.batch_size), desc=contestant.name):
         batch = prompts[start : start + arguments.batch_size]
         ids = list(range(start, start + len(batch)))
-        encoded = tokenizer(
-            [data.render_prompt(prompt, tokenizer) for prompt in batch],
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-            # a chat template writes its own special tokens
-            add_special_tokens=all(isinstance(prompt, str) for prompt in batch),
-        ).to(device)
         (y,) = rollout.generate(
             [rollout.Side(model)],
             None,
-            encoded["input_ids"],
-            encoded["attention_mask"],
+            *parts.encode(tokenizer, batch, device),
             max_new_tokens=arguments.max_new_tokens,
             temperature=arguments.temperature,
-            eos_token_id=ends,
+            eos_token_id=parts.end_tokens(model, tokenizer),
             pad_token_id=tokenizer.pad_token_id,
             seed=parts.seeds(arguments.seed, stream, ids, device),
             with_ref=False,
         )
-        rows = zip(y.tokens.tolist(), y.mask.tolist(), strict=True)
-        kept = [[t for t, real in zip(*row, strict=True) if real] for row in rows]
-        texts += tokenizer.batch_decode(kept, skip_special_tokens=True)
+        texts += parts.decode(tokenizer, y)
     return texts
 
 
