@@ -216,16 +216,17 @@ def rate(step: int, warmup: int, steps: int) -> float:
 
 def prompt_ids(seed: int, step: int, batch_size: int, count: int) -> list[int]:
     """Which prompts a step takes: epochs of shuffled prompts; id = prompt + count * epoch."""
-    ids = []
-    for k in range(step * batch_size, (step + 1) * batch_size):
-        epoch, place = divmod(k, count)
-        ids.append(_shuffled(seed, epoch, count)[place] + count * epoch)
-    return ids
+    places = range(step * batch_size, (step + 1) * batch_size)
+    epochs = range(places[0] // count, places[-1] // count + 1)
+    # in one call, since few prompts are many epochs
+    seeds = nk.fold_in(seed, torch.tensor(epochs)).tolist()
+    orders = {epoch: _shuffled(s, count) for epoch, s in zip(epochs, seeds, strict=True)}
+    return [orders[k // count][k % count] + k // count * count for k in places]
 
 
 @functools.lru_cache(maxsize=2)
-def _shuffled(seed: int, epoch: int, count: int) -> list[int]:
-    generator = torch.Generator().manual_seed(nk.fold_in(seed, epoch))
+def _shuffled(seed: int, count: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
     return torch.randperm(count, generator=generator).tolist()
 
 
