@@ -53,7 +53,7 @@ class Config:
     opponent_samples: int = 1
     """responses of the opponent that y is compared with, where y' is not the opponent's"""
     copies_dtype: str = ""
-    """of frozen copies of the policy: float32, bfloat16 or float64; "": that of the weights"""
+    """of the reference and other frozen copies: float32, bfloat16 or float64; "": the policy's"""
     copies_device: str = ""
     """where frozen copies lie between uses: cpu for example; "": beside the policy"""
     kl: str = "reward_to_go"

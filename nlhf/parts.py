@@ -150,11 +150,9 @@ def _assemble(config, device, prompts, eval_prompts, opinion, judge, lexicon) ->
     tokenizer = policy.load_tokenizer(config.model, **code)
     model = policy.load_model(config.model, dtype, device, **code)
     ref = None
-    if config.ref:
-        ref = policy.load_model(config.ref, dtype, device, **code)
-    elif not config.lora_r:
-        ref = policy.load_model(config.model, dtype, device, **code)
-    if ref is not None:
+    if config.ref or not config.lora_r:
+        frozen = getattr(torch, config.copies_dtype or config.dtype)
+        ref = policy.load_model(config.ref or config.model, frozen, device, **code)
         policy.check_same_vocabulary(model, ref)
         ref.requires_grad_(False).eval()
     if config.lora_r:

@@ -163,6 +163,8 @@ def test_copies_may_be_in_bfloat16_but_what_goes_back_into_the_policy_is_exact(f
     for lora_r in (4, 0):
         halves = {"lora_r": lora_r, "copies_dtype": "bfloat16", "eval_prompts": ""}
         learns = learner.Learner(parts.build(chosen(folder, tmp_path, "egpo", **halves)))
+        if not lora_r:
+            assert learns.parts.ref.dtype == torch.bfloat16
         kinds = {n: {w.dtype for w in c.weights} for n, c in learns.players.copies.items()}
         assert kinds == {"half": {torch.bfloat16}, "start": {torch.float32}}
         before = {k: v.clone() for k, v in players.trainable(learns.policy).items()}
@@ -170,6 +172,8 @@ def test_copies_may_be_in_bfloat16_but_what_goes_back_into_the_policy_is_exact(f
         after = players.trainable(learns.policy)
         assert all(torch.equal(before[k], after[k]) for k in before)
         assert learns.step(1)["grad_norm"] > 0
+        exact = chosen(folder, tmp_path, "nash_md_pg", kl="exact", **halves)
+        assert learner.Learner(parts.build(exact)).step(0)["grad_norm"] > 0
         averaged = learner.Learner(parts.build(chosen(folder, tmp_path, "nash_mp", **halves)))
         assert all(averaged.step(step)["grad_norm"] > 0 for step in range(2))
 
