@@ -4,7 +4,6 @@ A player is the "policy", its geometric "mixture" with the reference, the "ref" 
 copy of the policy, which an algorithm names as it likes ("ema" is a moving average).
 """
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from torch import Tensor
 import nlhf_kernels as nk
 from nlhf import tabular
 from nlhf.config import Config
+from nlhf.names import nearest
 
 # what an anchor weighs: in the policy gradient the strength of a KL, in a pair loss its share
 STRENGTHS: dict[str, Callable[[Config], float]] = {
@@ -223,8 +223,7 @@ LIMITS: dict[str, tuple[str, Callable[[tabular.MatrixGame, float], Tensor] | Non
 def get(name: str) -> Algorithm:
     """The algorithm of a name; ValueError with the nearest one."""
     if name not in ALGORITHMS:
-        close = difflib.get_close_matches(name, ALGORITHMS, n=1)
-        hint = f"; do you mean {close[0]}?" if close else "; nlhf algorithms lists them"
+        hint = nearest(name, ALGORITHMS) or "; nlhf algorithms lists them"
         raise ValueError(f"config: unknown algorithm {name!r}{hint}")
     return ALGORITHMS[name]
 

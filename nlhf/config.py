@@ -3,16 +3,16 @@
 import argparse
 import ast
 import dataclasses
-import difflib
 import functools
 import inspect
 import itertools
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+
+from nlhf.names import nearest
 
 
 @dataclass(frozen=True)
@@ -237,13 +237,8 @@ def _check(config, limits: tuple, choices: dict) -> None:
         if value not in known:
             raise ValueError(
                 f"config: {name} must be one of {', '.join(map(repr, known))}, got {value!r}"
-                + _nearest(value, known)
+                + nearest(value, known)
             )
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; do you mean {close[0]}?" if close and close[0] else ""
 
 
 @functools.cache
@@ -299,7 +294,7 @@ def _read(source: str, kind: type) -> dict:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(
-            f"config: cannot read {source}: {error.strerror}{_nearest(source, known)}; give a YAML "
+            f"config: cannot read {source}: {error.strerror}{nearest(source, known)}; give a YAML "
             f"file or one of: {', '.join(known)}"
         ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -315,7 +310,7 @@ def from_dict(values: dict, source: str, kind: type = Config):
     checked = {}
     for name, value in values.items():
         if name not in types:
-            hint = _nearest(name, types)
+            hint = nearest(name, types)
             raise ValueError(f"config: {source} has an unknown field {name!r}{hint}")
         checked[name] = _typed(name, value, types[name], source)
     return kind(**checked)

@@ -57,7 +57,7 @@ def chosen(folder, output, name, **changes):  # noqa: F811
     return settings(folder, output, algorithm=name, **judged | NEEDS.get(name, {}) | changes)
 
 
-def test_the_table_is_that_of_the_issue_and_every_row_can_be_had():
+def test_every_row_of_the_table_can_be_had():
     for name in NEEDS:
         assert ALGORITHMS[name].needs
     for name, algorithm in ALGORITHMS.items():

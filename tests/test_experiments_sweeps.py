@@ -19,14 +19,7 @@ from nlhf.experiments import (
 )
 from nlhf.preference_fit import evaluate
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    # a second thread costs a model of this size more than it brings
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

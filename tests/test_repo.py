@@ -50,6 +50,7 @@ LAYERS = [
 ]
 # nlhf, from the bottom: a module may import those of the lines above its own
 LOOP = [
+    ["names"],
     ["config", "data", "tabular"],
     ["preference"],
     ["preference_fit"],

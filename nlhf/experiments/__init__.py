@@ -1,7 +1,8 @@
 """Experiments on what the papers left open, a module each: ``run(settings) -> report.Result``."""
 
-import difflib
 from dataclasses import dataclass
+
+from nlhf.names import nearest
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,6 @@ EXPERIMENTS = {
 def find(name: str) -> Experiment:
     """ValueError with the nearest name for one that is not there."""
     if name not in EXPERIMENTS:
-        close = difflib.get_close_matches(name, EXPERIMENTS, n=1)
-        hint = f"do you mean {close[0]}?" if close else f"there are {', '.join(EXPERIMENTS)}"
-        raise ValueError(f"reproduce: no experiment is called {name!r}; {hint}")
+        hint = nearest(name, EXPERIMENTS) or f"; there are {', '.join(EXPERIMENTS)}"
+        raise ValueError(f"reproduce: no experiment is called {name!r}{hint}")
     return EXPERIMENTS[name]

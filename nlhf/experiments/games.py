@@ -3,7 +3,6 @@
 Legend: V words, T the longest response, X prompts, S = 1 + V + ... + V^T responses.
 """
 
-import difflib
 import functools
 import itertools
 import math
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from nlhf.names import nearest
 
 WORDS = ("ash", "birch", "cedar", "dogwood", "elm")
 END = "</s>"
@@ -102,8 +103,7 @@ def make(name: str, *, words: int = 5, length: int = 3) -> SequenceGame:
         ValueError: an unknown name, or a size out of range.
     """
     if name not in GAMES:
-        close = difflib.get_close_matches(str(name), GAMES, n=1)
-        hint = f"; do you mean {close[0]}?" if close else f"; there are {', '.join(GAMES)}"
+        hint = nearest(name, GAMES) or f"; there are {', '.join(GAMES)}"
         raise ValueError(f"game: no game is called {name!r}{hint}")
     for what, value, low in (("words", words, 2), ("length", length, 1)):
         if not isinstance(value, int) or not low <= value <= 5:

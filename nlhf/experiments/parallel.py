@@ -8,6 +8,8 @@ from multiprocessing import get_context
 import torch
 from tqdm import tqdm
 
+from nlhf.experiments.training import one_thread
+
 # a new process takes seconds to import torch
 _WORTH = 8
 
@@ -20,12 +22,8 @@ def run(function: Callable, jobs: Sequence, title: str) -> list:
     workers = min(os.cpu_count() or 1, len(jobs))
     with tqdm(total=len(jobs), desc=title, unit="job") as bar:
         if workers == 1 or len(jobs) < _WORTH:
-            before = torch.get_num_threads()
-            torch.set_num_threads(1)
-            try:
+            with one_thread():
                 return [_counted(function(job), bar) for job in jobs]
-            finally:
-                torch.set_num_threads(before)
         with ProcessPoolExecutor(
             workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
         ) as pool:

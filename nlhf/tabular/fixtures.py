@@ -1,19 +1,13 @@
 """Named games with their sources."""
 
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nlhf.names import nearest
 from nlhf.tabular.matrix_game import MatrixGame, row_blocks
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for an error message: ``; do you mean dice?``, or nothing if no name is near."""
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; do you mean {close[0]}?" if close else ""
 
 
 def game(name: str, **settings: Any) -> MatrixGame:

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from nlhf.names import nearest
 from nlhf.tabular import solvers
 from nlhf.tabular.equilibrium import nash_md_pg_limit, solve
-from nlhf.tabular.fixtures import nearest
 from nlhf.tabular.matrix_game import MatrixGame
 from nlhf.tabular.measures import best_response
 from nlhf.tabular.reward import rlhf

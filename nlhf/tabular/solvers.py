@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from nlhf.names import nearest
 from nlhf.tabular import measures, reward
-from nlhf.tabular.fixtures import nearest
 from nlhf.tabular.matrix_game import MatrixGame
 from nlhf.tabular.policies import normalise
 
