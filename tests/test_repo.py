@@ -67,6 +67,7 @@ LOOP = [
     ["checkpoint"],
     ["evaluate", "arena"],
     ["train"],
+    ["trl_compat"],
     ["experiments"],
     ["commands"],
     ["cli"],
