@@ -203,7 +203,7 @@ class NashMDTrainer(Trainer):
         if num_items_in_batch is not None:
             # the gradient is a mean over the processes
             share = len(probability) * self.accelerator.num_processes
-            loss = loss * (share / num_items_in_batch)
+            loss = loss * share / num_items_in_batch
         if not return_outputs:
             return loss
         tokens = [
