@@ -17,7 +17,7 @@ import torch
 
 from nlhf import rollout, trl_compat
 from tests import tiny
-from tests.test_trl_compat import classifier, log_mixture, prefer_even, prompts
+from tests.trl_tiny import classifier, log_mixture, prefer_even, prompts
 
 ROOT = Path(__file__).parents[2]
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
