@@ -92,6 +92,38 @@ def test_a_run_that_is_resumed_ends_where_it_would_have(tmp_path, lora):
     assert "munos2024nash" in card
 
 
+def test_models_may_be_given_by_name(tmp_path):
+    names = {"policy": tiny.llama(), "ref": tiny.llama(seed=1), "reward": classifier()}
+    for name, model in names.items():
+        model.save_pretrained(tmp_path / name)
+        tiny.tokenizer().save_pretrained(tmp_path / name)
+    found = NashMDTrainer(
+        str(tmp_path / "policy"),
+        str(tmp_path / "ref"),
+        args=settings(
+            tmp_path / "run",
+            reward_model_path=str(tmp_path / "reward"),
+            model_init_kwargs={"dtype": "float32"},
+        ),
+        train_dataset=prompts(8),
+        tokenizer=tiny.tokenizer(),
+    )
+    assert found.model.dtype == torch.float32
+    assert torch.equal(found.ref_model.lm_head.weight, names["ref"].lm_head.weight.float())
+    found.train()
+    assert "rewards/chosen" in found.state.log_history[0]
+
+
+def test_the_configuration_is_a_command_line(tmp_path):
+    from transformers import HfArgumentParser
+
+    line = f"--output_dir {tmp_path} --mixture_coef 0.1 0.2 --beta 0.3 --kl token --use_cpu"
+    (args,) = HfArgumentParser(NashMDConfig).parse_args_into_dataclasses(line.split())
+    assert (args.mixture_coef, args.beta, args.kl) == ([0.1, 0.2], 0.3, "token")
+    assert (args.learning_rate, args.temperature, args.bf16) == (5e-7, 0.9, True)
+    assert "geometric mixture" in HfArgumentParser(NashMDConfig).format_help()
+
+
 def test_what_is_saved_loads(tmp_path):
     from transformers import AutoModelForCausalLM
 

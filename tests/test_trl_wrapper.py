@@ -71,20 +71,23 @@ def test_the_wrapper_follows_torchs_generator_its_configuration_and_arguments():
     first, second = mixture.generate(ids), mixture.generate(ids)
     assert not torch.equal(first, second)
     torch.manual_seed(5)
-    assert torch.equal(mixture.generate(ids, mask), first)
+    assert torch.equal(mixture.generate(ids, attention_mask=mask), first)
     # the most probable token of each prefix
-    greedy = mixture.generate(ids, mask, do_sample=False, max_new_tokens=2)
+    greedy = mixture.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=2)
     assert greedy.shape == (2, 7)
     exact = log_mixture(mixture.model, base, ids, mask, 0.3, 1.0)[:, -1].argmax(-1)
     assert torch.equal(greedy[:, 5], exact)
     other = GenerationConfig(max_new_tokens=1, do_sample=True)
-    assert mixture.generate(ids, mask, generation_config=other).shape == (2, 6)
-    assert torch.equal(mixture.generate(ids, mask, seed=3), mixture.generate(ids, mask, seed=3))
+    assert mixture.generate(ids, other, attention_mask=mask).shape == (2, 6)
+    assert torch.equal(
+        mixture.generate(ids, attention_mask=mask, seed=3),
+        mixture.generate(ids, attention_mask=mask, seed=3),
+    )
     for wrong in ({"num_beams": 2}, {"stop_strings": ["x"]}, {"return_dict_in_generate": True}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            mixture.generate(ids, mask, **wrong)
+            mixture.generate(ids, attention_mask=mask, **wrong)
     with pytest.raises(ValueError, match="no argument 'temprature'"):
-        mixture.generate(ids, mask, temprature=1.0)
+        mixture.generate(ids, attention_mask=mask, temprature=1.0)
 
 
 # ---- the patch without its host, and the examples

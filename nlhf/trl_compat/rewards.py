@@ -72,7 +72,7 @@ def _probabilities(answer: Any) -> list[float]:
 
 
 class ModelReward:
-    """r(x, y) of a sequence classifier with one label, ids or texts in, (B,) float32 out.
+    """r(x, y) of a sequence classifier with one label, (B,) float32.
 
     Args:
         model: of transformers; its padding id becomes that of the tokenizer, by which it finds the
@@ -85,6 +85,11 @@ class ModelReward:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, *, shared: bool):
+        if not hasattr(model, "get_input_embeddings"):
+            raise ValueError(
+                "reward_funcs: a reward model must be a sequence classifier of transformers, got "
+                f"{type(model).__name__}; give a preference model as judge"
+            )
         rows = model.get_input_embeddings().num_embeddings
         if len(tokenizer) > rows:
             hint = "; give its own tokenizer as reward_processing_classes" if shared else ""
@@ -98,6 +103,10 @@ class ModelReward:
         model.config.pad_token_id = tokenizer.pad_token_id
         self.model, self.tokenizer, self.shared = model.eval(), tokenizer, shared
 
+    def __call__(self, prompts: list[Text], responses: list[str], ids: list[list[int]]) -> Tensor:
+        """Of the texts, or of ``ids``, prompt and response as the policy has them."""
+        return self.of_ids(ids) if self.shared else self.of_texts(prompts, responses)
+
     def of_texts(self, prompts: list[Text], responses: list[str]) -> Tensor:
         """Strings are joined; messages go through the tokenizer's chat template."""
         rows = []
@@ -110,7 +119,7 @@ class ModelReward:
 
     @torch.no_grad()
     def of_ids(self, rows: list[list[int]]) -> Tensor:
-        """Token ids of prompt and response, without padding."""
+        """The model's own token ids of prompt and response, without padding."""
         device = next(self.model.parameters()).device
         ids, mask = batches.padded(rows, self.tokenizer.pad_token_id, "right")
         logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits

@@ -138,7 +138,9 @@ class NashMDTrainer(Trainer):
             )
         if isinstance(self.reward_funcs, rewards.ModelReward):
             self.reward_funcs.model.to(self.accelerator.device)
-        self.stats: dict[str, list[Tensor]] = {}
+        # sums over the rows since they were last logged
+        self.stats: dict[str, Tensor] = {}
+        self._rows = 0
         # the step whose draws come next, None: that of training; and the micro-batches before
         self._stream: int | None = None
         self._micro = 0
@@ -181,8 +183,7 @@ class NashMDTrainer(Trainer):
         L = prompts["input_ids"].shape[1]
         y, y_other = self._process_completions(*self._generate_completions(model, prompts), prompts)
         if self.judge is None:
-            with self.accelerator.autocast():
-                scores = self._compute_rewards(y, y_other, L)
+            scores = self._compute_rewards(y, y_other, L)
             probability = torch.sigmoid(scores[0] - scores[1])
         else:
             scores = None, None
@@ -260,11 +261,11 @@ class NashMDTrainer(Trainer):
 
     def _generate_completions(self, model: nn.Module, prompts: dict) -> tuple[Tensor, Tensor]:
         """Ids (B, L + T) of the prompts with y, and with y', each padded to the right."""
-        policy, ids = self.accelerator.unwrap_model(model), prompts["input_ids"]
+        ids = prompts["input_ids"]
         # around the whole loop, so that weights are cast once and all passes of a model are alike
         with self.accelerator.autocast():
             pair = rollout.generate_pair(
-                policy,
+                self.model,
                 self.ref_model,
                 ids,
                 prompts["attention_mask"],
@@ -316,12 +317,10 @@ class NashMDTrainer(Trainer):
             if not isinstance(self.reward_funcs, rewards.ModelReward):
                 columns = x["columns"] | {"trainer_state": self.state}
                 score = rewards.call_reward(self.reward_funcs, x["raw"], texts, ids, **columns)
-            elif self.reward_funcs.shared:
-                score = self.reward_funcs.of_ids(
-                    batches.rows_of(x["input_ids"], x["attention_mask"])
-                )
             else:
-                score = self.reward_funcs.of_texts(x["raw"], texts)
+                whole = batches.rows_of(x["input_ids"], x["attention_mask"])
+                with self.accelerator.autocast():
+                    score = self.reward_funcs(x["raw"], texts, whole)
             score = score.to(completion.tokens.device)
             score = score * (args.reward_weights[0] if args.reward_weights else 1)
             if args.missing_eos_penalty is not None:
@@ -348,16 +347,15 @@ class NashMDTrainer(Trainer):
         y = batches.completion(model_data, context_length)
         prompts = (model_data[k][:, :context_length] for k in ("input_ids", "attention_mask"))
         pair = rollout.Pair(*prompts, y, y)
-        policy = self.accelerator.unwrap_model(model)
         sampled = self._settings["temperature"]
         temperature = 1.0 if self.args.kl == "token" else sampled
         ref = model_data.get("ref_logprobs") if temperature == sampled else None
         if ref is None:
             with self.accelerator.autocast():
-                logits = losses.ref_logits(policy, self.ref_model, pair, y)
+                logits = losses.ref_logits(self.model, self.ref_model, pair, y)
             ref = nk.token_logprobs(logits, y.tokens, mask=y.mask, temperature=temperature).logprobs
         logprobs = nk.token_logprobs(
-            losses.response_logits(Through(model, policy), pair, y),
+            losses.response_logits(Through(model, self.model), pair, y),
             y.tokens,
             mask=y.mask,
             temperature=temperature,
@@ -398,7 +396,7 @@ class NashMDTrainer(Trainer):
         model_scores: Tensor | None = None,
         mixture_scores: Tensor | None = None,
     ) -> None:
-        """Keep what is logged later, (B,) each and on the device, under TRL's names.
+        """Add to what is logged later, on the device, under TRL's names.
 
         Some of these say less than they promise: ``objective/entropy`` is -log policy(y), whose
         mean is the entropy of whole responses; ``logps/rejected`` is that of y under the reference,
@@ -425,22 +423,23 @@ class NashMDTrainer(Trainer):
         if model_scores is not None:
             rows |= {"rewards/chosen": model_scores, "rewards/rejected": mixture_scores}
         for name, row in rows.items():
-            self.stats.setdefault(name, []).append(row.detach().to(dtype))
+            self.stats[name] = self.stats.get(name, 0) + row.detach().to(dtype).sum()
+        self._rows += len(logps)
 
     def _means(self) -> dict[str, float]:
-        """Of everything that ``stats`` holds, over all processes."""
+        """Of everything in ``stats``, over all processes."""
         if not self.stats:
             return {}
-        rows = torch.stack([torch.cat(values) for values in self.stats.values()])
-        sums = torch.cat([rows.sum(1), rows.new_tensor([rows.shape[1]])])
-        *sums, count = self.accelerator.reduce(sums, "sum").tolist()
+        sums = list(self.stats.values())
+        sums.append(torch.full_like(sums[0], self._rows))
+        *sums, count = self.accelerator.reduce(torch.stack(sums), "sum").tolist()
         return {name: x / count for name, x in zip(self.stats, sums, strict=True)}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in ``Trainer``; the loss of training comes with the means since it was last logged."""
         if "loss" in logs:
             logs |= self._means()
-            self.stats = {}
+            self.stats, self._rows = {}, 0
         super().log(logs, start_time)
 
     # ---- evaluation and the model card
@@ -461,14 +460,14 @@ class NashMDTrainer(Trainer):
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> Any:
         """As in ``Trainer``, with the means of the metrics of training."""
-        kept = self.stats, self._micro, self._stream
-        self.stats, self._micro, self._stream = {}, 0, _EVALUATION
+        kept = self.stats, self._rows, self._micro, self._stream
+        self.stats, self._rows, self._micro, self._stream = {}, 0, 0, _EVALUATION
         try:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             means = {f"{metric_key_prefix}_{name}": x for name, x in self._means().items()}
             output.metrics.update(means)
         finally:
-            self.stats, self._micro, self._stream = kept
+            self.stats, self._rows, self._micro, self._stream = kept
         return output
 
     def create_model_card(

@@ -150,8 +150,9 @@ class GeometricMixtureWrapper:
             ref_logits = ref(*args, **kwargs).logits
         output = self.model(*args, **kwargs)
         coef = self.mixture_coef
-        mixed = coef * ref_logits + (1 - coef) * output.logits
-        output.logits = mixed.log_softmax(-1)
+        # a model without weight may say -inf
+        weighted = ((coef, ref_logits), (1 - coef, output.logits))
+        output.logits = sum(w * x for w, x in weighted if w).log_softmax(-1)
         return output
 
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
@@ -163,9 +164,9 @@ class GeometricMixtureWrapper:
     def generate(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *,
+        attention_mask: Tensor | None = None,
         seed: int | None = None,
         **kwargs,
     ) -> Tensor:
@@ -173,9 +174,9 @@ class GeometricMixtureWrapper:
 
         Args:
             input_ids: padded to the left.
-            attention_mask: None: 0 for padding, where padding and end of sequence differ; else 1.
             generation_config: in place of that of the constructor, which still fills what it leaves
                 open; ``kwargs`` are fields of it and come first. n is ``num_return_sequences``.
+            attention_mask: None: 0 for padding, where padding and end of sequence differ; else 1.
             seed: of all draws; None: from torch's generator.
 
         Raises:
