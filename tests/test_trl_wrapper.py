@@ -1,7 +1,10 @@
 """The mixture as a model that generates, the patch without its host, and the examples."""
 
+import dataclasses
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -11,7 +14,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from nlhf import trl_compat
+from nlhf import config, trl_compat
 from nlhf.trl_compat import GeometricMixtureWrapper
 from tests import tiny
 from tests.trl_tiny import log_mixture
@@ -131,6 +134,23 @@ def test_the_patch_says_which_trl_it_knows(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r"1\.9\.0 to 1\.13\.0.*nlhf\.trl_compat\.NashMDTrainer"):
         trl_compat.patch_nash_md()
+
+
+def test_the_table_of_arguments_names_what_there_is():
+    text = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
+    rows = text.split("## Arguments")[1].split("\n## ")[0].splitlines()
+    rows = [row.split("|")[1:3] for row in rows if row.startswith("| `")]
+    theirs, ours = (
+        {name for row in rows for name in re.findall(r"`(\w+)`", row[i])} for i in (0, 1)
+    )
+    fields = {f.name for f in dataclasses.fields(trl_compat.NashMDConfig)}
+    arguments = inspect.signature(trl_compat.NashMDTrainer).parameters
+    assert theirs <= fields | set(arguments)
+    assert ours <= {f.name for f in dataclasses.fields(config.Config)}
+    own = {n for n in vars(trl_compat.NashMDConfig)["__annotations__"] if "vllm_" not in n}
+    untouched = {"remove_unused_columns", "logging_steps", "lr_scheduler_kwargs"}
+    untouched |= {"use_liger_kernel", "torch_empty_cache_steps", "ds3_gather_for_generation"}
+    assert own - untouched - {"model_init_kwargs"} <= theirs
 
 
 @pytest.fixture
