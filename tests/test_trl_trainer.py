@@ -1,13 +1,19 @@
 """The Nash-MD trainer with TRL's interface: what a Trainer owes, and what it refuses."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from nlhf.trl_compat import NashMDConfig, NashMDTrainer
-from tests import tiny
+from tests import tiny, trl_ranks
 from tests.trl_tiny import classifier, prefer_even, prompts, settings, trainer, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).parent.parent
 
 
 def test_the_metrics_are_trls_by_name_and_right(tmp_path):
@@ -134,6 +140,17 @@ def test_what_is_saved_loads(tmp_path):
     for name, x in loaded.state_dict().items():
         assert torch.equal(x, found.model.state_dict()[name]), name
     assert (tmp_path / "saved" / "tokenizer.json").exists()
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    script = [*launch, "tests/trl_ranks.py", str(tmp_path)]
+    subprocess.run(script, cwd=ROOT, env=env, check=True, capture_output=True)
+    together, won = torch.load(tmp_path / "result.pt")
+    alone, won_alone = trl_ranks.run(tmp_path / "alone", 4)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
+    assert won == pytest.approx(won_alone, abs=1e-6)
 
 
 @pytest.mark.parametrize("lora", [False, True])

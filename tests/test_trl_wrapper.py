@@ -3,9 +3,8 @@
 import dataclasses
 import inspect
 import json
-import os
 import re
-import subprocess
+import runpy
 import sys
 import types
 from pathlib import Path
@@ -153,27 +152,26 @@ def test_the_table_of_arguments_names_what_there_is():
     assert own - untouched - {"model_init_kwargs"} <= theirs
 
 
-@pytest.fixture
-def without_trl(tmp_path) -> dict[str, str]:
-    """The environment of a process for which TRL cannot be imported."""
-    (tmp_path / "hidden").mkdir()
-    (tmp_path / "hidden" / "trl.py").write_text("raise ImportError('no TRL here')\n")
-    return os.environ | {"PYTHONPATH": f"{tmp_path / 'hidden'}{os.pathsep}{ROOT}"}
+def run_example(monkeypatch, name: str, *arguments: str) -> None:
+    """As a script, in a process for which TRL cannot be imported."""
+    for hidden in ("trl", "trl.experimental.nash_md"):
+        monkeypatch.setitem(sys.modules, hidden, None)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
 
 
-def test_the_example_of_a_script_with_one_import_changed(tmp_path, without_trl):
-    script = [sys.executable, "examples/trl_nash_md.py", "--output_dir", str(tmp_path)]
-    run = {"cwd": ROOT, "env": without_trl, "capture_output": True, "text": True}
-    done = subprocess.run(script, check=True, **run)
-    report = json.loads(done.stdout.splitlines()[-1])
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+def test_the_example_of_a_script_with_one_import_changed(tmp_path, monkeypatch, capsys):
+    run_example(monkeypatch, "trl_nash_md.py", "--output_dir", str(tmp_path))
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["eval_rewards/probabilities"] > 0
     assert (tmp_path / "model.safetensors").exists()
+    assert "munos2024nash" in (tmp_path / "README.md").read_text()
 
 
-def test_the_example_of_the_patch_needs_trl_and_says_so(tmp_path, without_trl):
-    script = [sys.executable, "examples/trl_patch_nash_md.py", "--output_dir", str(tmp_path)]
-    run = {"cwd": ROOT, "env": without_trl, "capture_output": True, "text": True}
-    done = subprocess.run(script, check=False, **run)
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert "TRL 1.9.0 to 1.13.0" in done.stderr
+def test_the_example_of_the_patch_needs_trl_and_says_so(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_example(monkeypatch, "trl_patch_nash_md.py")
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "TRL 1.9.0 to 1.13.0" in line

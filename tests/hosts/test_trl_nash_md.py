@@ -267,6 +267,61 @@ def test_one_token_is_distributed_as_the_mixture_and_trls_as_the_policy(tmp_path
     assert (mixture - itself).abs().sum() > 0.4
 
 
+def test_without_checkpointing_trls_models_share_a_cache_and_those_of_the_patch_do_not(tmp_path):
+    x = batch([[1, 4, 5]] * 4000)
+    policy, ref = tiny.llama(), tiny.llama(seed=1)
+
+    def frequencies():
+        more = {"ref_model": ref}
+        found = trainer(
+            tmp_path, model=policy, more=more, opinion={"reward_funcs": len}, max_new_tokens=1
+        )
+        torch.manual_seed(0)
+        drawn = found._generate_completions(policy, x)[1][:, 3]
+        return torch.bincount(drawn, minlength=tiny.V) / 4000
+
+    unpatched = frequencies()
+    trl_compat.patch_nash_md()
+    try:
+        with_patch = frequencies()
+    finally:
+        trl_compat.unpatch_nash_md()
+    row = {k: v[:1] for k, v in x.items() if k != "raw"}.values()
+    mixture = log_mixture(policy, ref, *row, 0.5, 0.9)[0, -1].exp()
+    assert (with_patch - mixture).abs().sum() < 0.15
+    assert (unpatched - mixture).abs().sum() > 0.4
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    store = {"init_method": f"file://{tmp_path / 'store'}", "rank": 0, "world_size": 1}
+    torch.distributed.init_process_group("gloo", **store)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_lora_in_ddp(tmp_path, one_process):
+    x = batch([[1, 4, 5], [1, 7]])
+    found = trainer(tmp_path, more=lora(), opinion={"reward_funcs": len})
+    policy = with_adapters(found)
+    wrapped = torch.nn.parallel.DistributedDataParallel(policy)
+    output = torch.cat([x["input_ids"], torch.tensor([[7, 2], [8, 9]])], 1)
+    y = found._process_completions(output, output, x)[0]
+    with pytest.raises(AttributeError, match="disable_adapter"):
+        found._compute_logprobs(wrapped, y, 3)
+    wanted = found._compute_logprobs(policy, y, 3)
+    trl_compat.patch_nash_md()
+    try:
+        logprobs = found._compute_logprobs(wrapped, y, 3)
+        outputs = found._generate_completions(wrapped, x)
+    finally:
+        trl_compat.unpatch_nash_md()
+    torch.testing.assert_close(logprobs, wanted)
+    logprobs[0].sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in policy.parameters())
+    assert all(torch.equal(ids[:, :3], x["input_ids"]) for ids in outputs)
+
+
 @pytest.mark.parametrize("adapters", [False, True])
 def test_a_step_with_a_pairwise_judge(tmp_path, patched, monkeypatch, adapters):
     class Judge:
