@@ -61,6 +61,27 @@ def test_a_reference_of_its_own_is_mixed_in_and_a_copy_is_made_without_one(tmp_p
     assert not torch.equal(found.model.lm_head.weight, before)
 
 
+def test_a_part_of_the_policy_is_no_reference_of_its_own(tmp_path):
+    policy = tiny.with_lora(tiny.llama())
+    found = trainer(tmp_path, model=policy, more={"ref_model": policy.get_base_model()})
+    assert found.ref_model is None
+    assert any(p.requires_grad for p in policy.parameters())
+
+
+def test_tokens_that_another_generation_made_get_their_own_reference(tmp_path):
+    """What forks of TRL's trainer override, after a call of the original too."""
+    found = trainer(tmp_path, more={"ref_model": tiny.llama(seed=1)})
+    x = found._encode({"prompt": ["w1 w2 w3", "w4"]})
+    outputs = found._generate_completions(found.model, x)
+    drawn = found._process_completions(*outputs, x)[0]
+    assert "ref_logprobs" in drawn
+    other = found._process_completions(outputs[1], outputs[0], x)[0]
+    assert "ref_logprobs" not in other
+    drawn_ref = found._compute_logprobs(found.model, drawn, 4)[1]
+    del drawn["ref_logprobs"]
+    torch.testing.assert_close(found._compute_logprobs(found.model, drawn, 4)[1], drawn_ref)
+
+
 def test_the_draws_follow_the_place_in_the_step_and_not_the_batch(tmp_path):
     found = trainer(tmp_path)
     texts = [row["prompt"] for row in prompts(4)]

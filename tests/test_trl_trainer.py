@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from nlhf.trl_compat import NashMDConfig, NashMDTrainer
 from tests import tiny, trl_ranks
@@ -238,6 +239,7 @@ def test_wrong_arguments_are_named(tmp_path):
     right |= {"processing_class": words, "judge": prefer_even}
     cases = [
         ({"args": None}, "args must be given"),
+        ({"args": TrainingArguments(str(tmp_path), use_cpu=True)}, "must be a NashMDConfig"),
         ({"judge": None}, "one reward function"),
         ({"reward_funcs": classifier()}, "one reward function"),
         ({"judge": None, "reward_funcs": [len, len]}, "one reward function"),

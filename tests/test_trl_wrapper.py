@@ -85,6 +85,9 @@ def test_the_wrapper_follows_torchs_generator_its_configuration_and_arguments():
         mixture.generate(ids, attention_mask=mask, seed=3),
         mixture.generate(ids, attention_mask=mask, seed=3),
     )
+    # as a model has it, which says where it comes from
+    mixture.generation_config = mixture.model.generation_config
+    assert mixture.generate(ids, attention_mask=mask, max_new_tokens=2).shape == (2, 7)
     for wrong in ({"num_beams": 2}, {"stop_strings": ["x"]}, {"return_dict_in_generate": True}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             mixture.generate(ids, attention_mask=mask, **wrong)

@@ -18,7 +18,7 @@ from transformers import (
 from nlhf import policy as policies
 from nlhf.trl_compat import rewards
 from nlhf.trl_compat.config import NashMDConfig
-from nlhf.trl_compat.wrapper import rollout_settings
+from nlhf.trl_compat.wrapper import base_or, rollout_settings
 
 
 def tokenizer_of(processing_class: Any) -> Any:
@@ -45,6 +45,7 @@ def models(
         ref_model = AutoModelForCausalLM.from_pretrained(ref_model, **options)
     if model.config.is_encoder_decoder:
         raise ValueError("NashMDTrainer: model must be a decoder, got an encoder and a decoder")
+    ref_model = base_or(model, ref_model)
     adapters = policies.has_adapters(model)
     if peft_config is not None and adapters:
         raise ValueError(

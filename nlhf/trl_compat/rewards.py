@@ -128,6 +128,8 @@ class ModelReward:
                 "reward_funcs: the reward model must have one label, got logits of shape "
                 f"{tuple(logits.shape)}; load it with num_labels=1"
             )
+        if not logits.isfinite().all():
+            raise ValueError("reward_funcs: the reward model returned a number that is not finite")
         return logits[:, 0].float()
 
 

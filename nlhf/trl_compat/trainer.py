@@ -6,9 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from transformers import (
-    Trainer,
-)
+from transformers import Trainer
 
 import nlhf_kernels as nk
 from nlhf import data, losses, parts, rollout
@@ -86,6 +84,11 @@ class NashMDTrainer(Trainer):
         tokenizer: Any = None,
     ):
         processing_class = processing_class if tokenizer is None else tokenizer
+        if args is not None and not isinstance(args, NashMDConfig):
+            raise ValueError(
+                "NashMDTrainer: args must be a NashMDConfig of nlhf.trl_compat, got "
+                f"{type(args).__module__}.{type(args).__name__}"
+            )
         needed = {"model": model, "args": args, "processing_class": processing_class}
         for name, value in (needed | {"train_dataset": train_dataset}).items():
             if value is None:
@@ -273,7 +276,7 @@ class NashMDTrainer(Trainer):
                 seed=prompts["seeds"],
                 **self._settings,
             )
-        prompts["ref_logprobs"] = pair.y.ref_logprobs
+        prompts["drawn"] = pair.y
         return with_prompts(ids, pair.y), with_prompts(ids, pair.y_other)
 
     def _process_completions(
@@ -300,9 +303,10 @@ class NashMDTrainer(Trainer):
                     "columns": prompts.get("columns", {}),
                 }
             )
-        if "ref_logprobs" in prompts:
-            T = model_output.shape[1] - L
-            results[0]["ref_logprobs"] = prompts["ref_logprobs"][:, :T]
+        y, drawn = results[0]["input_ids"][:, L:], prompts.get("drawn")
+        # what the rollout knows of its own tokens says nothing of others that came in between
+        if drawn is not None and torch.equal(y, drawn.tokens[:, : y.shape[1]]):
+            results[0]["ref_logprobs"] = drawn.ref_logprobs[:, : y.shape[1]]
         return tuple(results)
 
     def _compute_rewards(
@@ -364,17 +368,21 @@ class NashMDTrainer(Trainer):
         return logprobs, ref
 
     def _compute_losses(
-        self, model_logprobs: Tensor, ref_logprobs: Tensor, probability: Tensor
+        self,
+        model_logprobs_model_data: Tensor,
+        ref_logprobs_model_data: Tensor,
+        probability: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The mean loss (), and (B,) each: (P - 1/2) log policy(y) and log(policy(y) / ref(y))."""
-        score = (probability - 0.5) * model_logprobs.sum(1)
-        ratio = model_logprobs.detach() - ref_logprobs
+        logprobs = model_logprobs_model_data
+        score = (probability - 0.5) * logprobs.sum(1)
+        ratio = logprobs.detach() - ref_logprobs_model_data
         cost = ratio
         if self.args.kl == "reward_to_go":
             cost = ratio.flip(1).cumsum(1).flip(1)
         elif self.args.kl == "sequence":
             cost = ratio.sum(1, keepdim=True)
-        loss = self.beta * (cost * model_logprobs).sum(1) - score
+        loss = self.beta * (cost * logprobs).sum(1) - score
         return loss.mean(), score, ratio.sum(1)
 
     # ---- what is reported
@@ -387,8 +395,8 @@ class NashMDTrainer(Trainer):
         self,
         model_data: dict,
         mixture_data: dict,
-        model_logprobs: Tensor,
-        ref_logprobs: Tensor,
+        model_logprobs_model_data: Tensor,
+        ref_logprobs_model_data: Tensor,
         probability: Tensor,
         score: Tensor,
         kl_div: Tensor,
@@ -402,7 +410,7 @@ class NashMDTrainer(Trainer):
         mean is the entropy of whole responses; ``logps/rejected`` is that of y under the reference,
         and ``rewards/margins`` and ``rewards/accuracies`` compare the two.
         """
-        logps, ref_logps = model_logprobs.sum(1), ref_logprobs.sum(1)
+        logps, ref_logps = (x.sum(1) for x in (model_logprobs_model_data, ref_logprobs_model_data))
         y, y_other = (batches.completion(x, context_length) for x in (model_data, mixture_data))
         # so that a constant is logged as it is; Apple's GPUs have no float64
         dtype = torch.float32 if logps.device.type == "mps" else torch.float64

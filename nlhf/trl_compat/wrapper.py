@@ -27,6 +27,7 @@ _WITHOUT_EFFECT = {
     "use_cache",
     "max_length",
     "transformers_version",
+    "_from_model_config",
 }
 _OFF = {
     "repetition_penalty": 1.0,
