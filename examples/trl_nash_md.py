@@ -6,7 +6,7 @@ As it stands it makes a tiny random model and reward model, so that it runs anyw
 
 With a model, a reward model and prompts of your own (a column ``prompt``):
 
-    python examples/trl_nash_md.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \\
+    python examples/trl_nash_md.py --model_name_or_path Qwen/Qwen2-0.5B-Instruct \\
         --reward_model_path trl-lib/Qwen2-0.5B-Reward --dataset_name trl-lib/ultrafeedback-prompt \\
         --learning_rate 5e-7 --max_steps 1000 --max_new_tokens 64 --use_cpu False --bf16 True
 """

@@ -47,6 +47,10 @@ def test_the_wrapper_returns_the_log_softmax_of_the_mixture(lora):
     assert not inputs["use_cache"]
     with pytest.raises(ValueError, match="two models"):
         mixture(ids, past_key_values=mixture)
+    with pytest.raises(ValueError, match=r"mixture_coef must be in \[0, 1\], got 2"):
+        GeometricMixtureWrapper(mixture.model, base, mixture.generation_config, 2.0)
+    with pytest.raises(ValueError, match="ref must be a model"):
+        GeometricMixtureWrapper(base, None, mixture.generation_config)(ids)
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
         mixture.nothing_of_the_kind()
 

@@ -102,6 +102,10 @@ class GeometricMixtureWrapper:
         generation_config: what ``generate`` does where its arguments leave it open.
         mixture_coef: weight of the reference, in [0, 1].
         device: kept as an attribute; None: that of the model.
+
+    Raises:
+        ValueError: a coefficient out of range; later, a setting that is not served, or no reference
+            for a model that is none of PEFT.
     """
 
     main_input_name = "input_ids"
@@ -114,6 +118,10 @@ class GeometricMixtureWrapper:
         mixture_coef: float = 0.5,
         device: torch.device | str | None = None,
     ):
+        if not 0 <= mixture_coef <= 1:
+            raise ValueError(
+                f"GeometricMixtureWrapper: mixture_coef must be in [0, 1], got {mixture_coef!r}"
+            )
         self.model = model
         self.config = model.config
         self.ref_model = ref_model
