@@ -96,6 +96,8 @@ class Config:
     """of the model: float32, bfloat16 or float64 (adapters are float32 over bfloat16)"""
     device: str = "auto"
     """auto: a GPU if there is one; or cpu, cuda, cuda:1"""
+    parallel: str = "auto"
+    """how processes share the work: ddp, fsdp2 or zero3; auto: as accelerate launch says, or ddp"""
     trust_remote_code: bool = False
     """let transformers run code that comes with the model"""
 
@@ -152,6 +154,7 @@ _CHOICES = {
     "kl": ("reward_to_go", "sequence", "token", "exact"),
     "dtype": ("float32", "bfloat16", "float64"),
     "copies_dtype": ("", "float32", "bfloat16", "float64"),
+    "parallel": ("auto", "ddp", "fsdp2", "zero3"),
 }
 
 

@@ -35,26 +35,38 @@ def _grams(words: list[str], n: int):
 
 def quick(parts: Parts) -> dict[str, float]:
     """The training preference against the reference, and the KL, on a few held-out prompts."""
-    prompts = parts.eval_prompts[: parts.config.eval_samples]
-    ids = list(range(len(prompts)))
+    count = min(len(parts.eval_prompts), parts.config.eval_samples)
+    ids = parts.world.share(range(count))
+    # with more processes than prompts some have none
+    own = _quick_sums(parts, list(ids)) if ids else {"wins": 0.0, "kl": 0.0}
+    sums = parts.world.sum(own)
+    return {"preference_vs_ref": sums["wins"] / count, "kl_eval": sums["kl"] / count}
+
+
+def _quick_sums(parts: Parts, ids: list[int]) -> dict[str, float]:
+    prompts = [parts.eval_prompts[i] for i in ids]
     draw = seeds(parts.config.seed, QUICK, ids, parts.device)
     with torch.no_grad():
         pair = parts.generate_pair(prompts, draw, mixture_coef=1.0)
         wins = parts.preference(plain(prompts), parts.decode(pair.y), parts.decode(pair.y_other))
     kl = (pair.y.policy_logprobs - pair.y.ref_logprobs).sum(-1)
-    return {"preference_vs_ref": wins.mean().item(), "kl_eval": kl.mean().item()}
+    return {"wins": wins.double().sum().item(), "kl": kl.double().sum().item()}
 
 
 @torch.no_grad()
 def report(parts: Parts, model: torch.nn.Module) -> dict:
-    """Every figure of the final table, with five samples; ``model`` is the trained policy."""
+    """Every figure of the final table, with five samples; ``model`` is the trained policy.
+
+    Each process answers its share of the prompts; all of them return the whole.
+    """
     prompts = parts.eval_prompts[: parts.config.report_samples]
     shown = plain(prompts)
     columns: dict[str, list[Tensor]] = {}
     texts: list[str] = []
     texts_ref: list[str] = []
-    for start in range(0, len(prompts), _BATCH):
-        ids = list(range(start, min(start + _BATCH, len(prompts))))
+    mine = parts.world.share(range(len(prompts)))
+    for start in range(0, len(mine), _BATCH):
+        ids = list(mine[start : start + _BATCH])
         batch = [prompts[i] for i in ids]
         draw = seeds(parts.config.seed, REPORT, ids, parts.device)
         pair = parts.generate_pair(batch, draw, policy=model, mixture_coef=1.0)
@@ -67,6 +79,8 @@ def report(parts: Parts, model: torch.nn.Module) -> dict:
             columns.setdefault(name, []).append(values.detach().cpu())
         texts += y
         texts_ref += y_ref
+    columns = _joined(parts.world.gather([columns]))
+    texts, texts_ref = parts.world.gather(texts), parts.world.gather(texts_ref)
     data = {name: torch.cat(pieces) for name, pieces in columns.items()}
     result = {name: estimate(data[name]) for name in ("win_judge", "win_preference", "kl")}
     for side, side_texts in (("trained", texts), ("reference", texts_ref)):
@@ -85,6 +99,12 @@ def report(parts: Parts, model: torch.nn.Module) -> dict:
     result["judge_unseen"] = parts.judge is not parts.preference
     result["samples"] = list(zip(shown[:5], texts_ref[:5], texts[:5], strict=False))
     return result
+
+
+def _joined(columns: list[dict[str, list[Tensor]]]) -> dict[str, list[Tensor]]:
+    """Those of every process; one without prompts brings none."""
+    full = [own for own in columns if own]
+    return {name: [x for own in full for x in own[name]] for name in full[0]}
 
 
 def _rows(parts: Parts, model, pair) -> dict[str, Tensor]:

@@ -4,13 +4,14 @@ import contextlib
 import functools
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import nlhf_kernels as nk
-from nlhf import algorithms, losses, memory, parts
+from nlhf import algorithms, engines, losses, memory, parts
 from nlhf.algorithms import Phase
 from nlhf.parts import Parts, plain
 from nlhf.players import Players, trainable
@@ -32,16 +33,32 @@ class Learner:
     """
 
     def __init__(self, pieces: Parts):
-        c = pieces.config
-        self.parts = pieces
+        c, world = pieces.config, pieces.world
+        self.parts, self.world = pieces, world
         self.policy = pieces.policy
         self.algorithm = algorithms.check(c)
+        if c.batch_size % world.size:
+            raise ValueError(
+                f"config: batch_size must be a multiple of the {world.size} processes, got "
+                f"{c.batch_size}"
+            )
+        if pieces.engine == "zero3" and self.algorithm.copies:
+            raise ValueError(
+                f"config: {c.algorithm} keeps copies of the policy, which zero3 does not know: "
+                "take parallel = 'fsdp2'"
+            )
         self.players = Players(
             self.algorithm,
             pieces.policy,
             getattr(torch, c.copies_dtype) if c.copies_dtype else None,
             c.copies_device or None,
         )
+        # after the copies, since what an engine has taken over cannot be copied
+        self.engine = engines.ENGINES[pieces.engine](pieces.policy, world)
+        self._trunks = parts.trunks(pieces.preference, pieces.judge)
+        for model in (pieces.ref, *self.copies.values(), *self._trunks):
+            if model is not None:
+                self.engine.shard(model)
         self.optimizer = torch.optim.AdamW(
             trainable(pieces.policy).values(),
             lr=c.learning_rate,
@@ -49,12 +66,19 @@ class Learner:
             # one weight after the other, as is the default there, takes two copies of the largest
             fused=pieces.device.type == "cpu" or None,
         )
+        self.engine.prepare(self.optimizer, c.max_grad_norm or math.inf)
         self._reward = as_reward(pieces.preference) if self.algorithm.reward else None
 
     @property
     def copies(self) -> dict[str, nn.Module]:
         """The frozen copies as models, "ema" the averaged weights for example."""
         return {name: copy.model for name, copy in self.players.copies.items()}
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Inside it all that a measurement runs has its weights here."""
+        with self.engine.gathered(self.policy, self.parts.ref, *self._trunks):
+            yield
 
     def step(self, step: int) -> dict[str, float]:
         """Step number ``step``, counted from 0; returns its metrics.
@@ -65,7 +89,8 @@ class Learner:
         c = self.parts.config
         phase, ended = self.algorithm.phase(step, c.inner_steps)
         clock = Clock(self.parts.device)
-        ids = prompt_ids(c.seed, step, c.batch_size, len(self.parts.prompts))
+        everybody = prompt_ids(c.seed, step, c.batch_size, len(self.parts.prompts))
+        ids = self.world.share(everybody)
         prompts = [self.parts.prompts[i % len(self.parts.prompts)] for i in ids]
         with clock("generate"):
             pair, judges = self.generate(phase, prompts, ids, step)
@@ -73,15 +98,17 @@ class Learner:
             wins, other_wins = self.prefer(prompts, pair, judges)
 
         results = []
-        size = c.micro_batch_size or c.batch_size
+        size = c.micro_batch_size or len(wins)
         for start in range(0, len(wins), size):
             rows = slice(start, start + size)
             lean = memory.recomputing(self.policy, c.gradient_checkpointing)
-            with clock("lose"), memory.untied(self.policy), lean:
-                other = None if other_wins is None else other_wins[rows]
-                result = self.lose(phase, pair.rows(rows), wins[rows], other)
-            with clock("differentiate"):
-                (result.loss * (len(wins[rows]) / len(wins))).backward()
+            apart = memory.untied(self.policy) if self.engine.alone else contextlib.nullcontext()
+            with self.engine.part(last=start + size >= len(wins)):
+                with clock("lose"), apart, lean:
+                    other = None if other_wins is None else other_wins[rows]
+                    result = self.lose(phase, pair.rows(rows), wins[rows], other)
+                with clock("differentiate"):
+                    self.engine.backward(result.loss * (len(wins[rows]) / len(wins)))
             results.append(result)
         with clock("update"):
             norm = self.update(step)
@@ -89,19 +116,25 @@ class Learner:
             self.players.advance(phase, ended, c.ema_decay, seed)
 
         tokens = pair.y.mask.sum().item()
-        both = tokens + sum(x.mask.sum().item() for x in (pair.y_other, *judges))
-        summed = {
-            name: sum(getattr(r, name).sum().item() for r in results) for name in ("kl", "entropy")
-        }
+        names = ("kl", "entropy")
+        total = self.world.sum(
+            {
+                "rows": len(wins),
+                "preference": wins.double().sum().item(),
+                "tokens": tokens,
+                "drawn": tokens + sum(x.mask.sum().item() for x in (pair.y_other, *judges)),
+            }
+            | {name: sum(getattr(r, name).sum().item() for r in results) for name in names}
+        )
         return {
             "step": step + 1,
-            "preference": wins.mean().item(),
-            "kl": summed["kl"] / len(wins),
-            "entropy": summed["entropy"] / tokens,
-            "length": tokens / len(wins),
+            "preference": total["preference"] / total["rows"],
+            "kl": total["kl"] / total["rows"],
+            "entropy": total["entropy"] / total["tokens"],
+            "length": total["tokens"] / total["rows"],
             "grad_norm": norm.item(),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "tokens_per_second": both / sum(clock.seconds.values()),
+            "tokens_per_second": total["drawn"] / sum(clock.seconds.values()),
             **{f"seconds_{phase}": seconds for phase, seconds in clock.seconds.items()},
         }
 
@@ -124,6 +157,8 @@ class Learner:
                 for name, n in zip(who, counts, strict=False)
             ]
             draw = parts.seeds(c.seed, step, ids, self.parts.device)
+            models = {id(side.model): side.model for side in sides}
+            stack.enter_context(self.engine.gathered(*models.values(), self.parts.ref))
             pair, judges = self.parts.generate(prompts, sides, draw, check=step == 0)
         return pair, judges
 
@@ -131,6 +166,12 @@ class Learner:
         self, prompts: list, pair: Pair, judges: list[Completion]
     ) -> tuple[Tensor, Tensor | None]:
         """(B,) what the loss takes for y, and for y' if it takes something."""
+        with self.engine.gathered(*self._trunks):
+            return self._prefer(prompts, pair, judges)
+
+    def _prefer(
+        self, prompts: list, pair: Pair, judges: list[Completion]
+    ) -> tuple[Tensor, Tensor | None]:
         shown, device = plain(prompts), self.parts.device
         y, y_other = self.parts.decode(pair.y), self.parts.decode(pair.y_other)
         if self._reward is not None:
@@ -156,7 +197,7 @@ class Learner:
         if a.loss == "pg":
             anchored = dict(zip(names, strengths, strict=True))
             return losses.nash_md_pg(
-                self.policy,
+                self.engine.policy,
                 self.parts.ref,
                 pair,
                 wins,
@@ -170,7 +211,7 @@ class Learner:
         if not nk.PAIR_METHODS[a.loss].anchors:
             parameters["weights"] = strengths
         return losses.contrast(
-            self.policy,
+            self.engine.policy,
             pair,
             wins,
             other_wins,
@@ -193,17 +234,15 @@ class Learner:
     def update(self, step: int) -> Tensor:
         """The optimiser's step; the norm of the gradient before it was clipped."""
         c = self.parts.config
-        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(weights, c.max_grad_norm or math.inf)
+        for group in self.optimizer.param_groups:
+            group["lr"] = c.learning_rate * rate(step, c.warmup_steps, c.steps)
+        norm = self.engine.norm()
         if not norm.isfinite():
             raise ValueError(
                 f"train: the gradient of step {step + 1} is not finite; go on from the last "
                 "checkpoint with --resume, or start again with a lower learning_rate"
             )
-        for group in self.optimizer.param_groups:
-            group["lr"] = c.learning_rate * rate(step, c.warmup_steps, c.steps)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.engine.step()
         return norm
 
 

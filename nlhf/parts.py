@@ -11,6 +11,7 @@ from torch import Tensor
 import nlhf_kernels as nk
 from nlhf import data, policy, preference, rollout
 from nlhf.config import Config
+from nlhf.distributed import ALONE, World, engine_name, join
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class Parts:
     judge: preference.Preference
     lexicon: Callable[[str], float] | None
     device: torch.device
+    world: World = ALONE
+    engine: str = ""
+    """of nlhf.engines.ENGINES"""
 
     def encode(self, prompts: list) -> tuple[Tensor, Tensor]:
         return encode(self.tokenizer, prompts, self.device)
@@ -100,7 +104,9 @@ def seeds(run_seed: int, stream: int, ids: list[int], device: torch.device) -> T
 
 def device_of(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # one of several processes has a GPU of its own
+        here = ("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else ("cpu",)
+        return torch.device(*here)
     try:
         device = torch.device(name)
         torch.empty(0, device=device).tolist()
@@ -111,7 +117,12 @@ def device_of(name: str) -> torch.device:
 
 
 def build(config: Config) -> Parts:
-    """Load everything that the configuration names; the seed fixes the adapters' first values."""
+    """Load everything that the configuration names; the seed fixes the adapters' first values.
+
+    As one of the processes of a launcher, where there is one.
+    """
+    # before the first look at a device: each process has its own
+    join()
     if config.assets == "quickstart":
         return _quickstart(config)
     for name in ("model", "prompts", "preference"):
@@ -145,19 +156,49 @@ def _quickstart(config: Config) -> Parts:
 
 
 def _assemble(config, device, prompts, eval_prompts, opinion, judge, lexicon) -> Parts:
-    dtype = getattr(torch, config.dtype)
-    code = {"trust_remote_code": config.trust_remote_code}
-    tokenizer = policy.load_tokenizer(config.model, **code)
-    model = policy.load_model(config.model, dtype, device, **code)
+    tokenizer = policy.load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    model = trained_model(config, device)
     ref = None
     if config.ref or not config.lora_r:
         frozen = getattr(torch, config.copies_dtype or config.dtype)
+        code = {"trust_remote_code": config.trust_remote_code}
         ref = policy.load_model(config.ref or config.model, frozen, device, **code)
         policy.check_same_vocabulary(model, ref)
         ref.requires_grad_(False).eval()
+    return Parts(
+        config,
+        model,
+        ref,
+        tokenizer,
+        prompts,
+        eval_prompts,
+        opinion,
+        judge,
+        lexicon,
+        device,
+        join(),
+        engine_name(config.parallel),
+    )
+
+
+def trained_model(config: Config, device: torch.device) -> torch.nn.Module:
+    """The policy before its first step."""
+    dtype = getattr(torch, config.dtype)
+    code = {"trust_remote_code": config.trust_remote_code}
+    model = policy.load_model(config.model, dtype, device, **code)
     if config.lora_r:
         torch.manual_seed(config.seed)
         model = policy.lora(model, config.lora_r, config.lora_alpha, config.lora_layers)
-    return Parts(
-        config, model, ref, tokenizer, prompts, eval_prompts, opinion, judge, lexicon, device
-    )
+    return model
+
+
+def trunks(*preferences) -> list[torch.nn.Module]:
+    """The language models that preferences are made of, each once."""
+    found = {}
+    for opinion in preferences:
+        while not hasattr(opinion, "trunk") and hasattr(opinion, "preference"):
+            opinion = opinion.preference
+        trunk = getattr(opinion, "trunk", None)
+        if trunk is not None:
+            found[id(trunk)] = trunk
+    return list(found.values())

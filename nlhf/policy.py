@@ -130,22 +130,15 @@ def lora(model: nn.Module, r: int, alpha: float, last_layers: int = 0) -> nn.Mod
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
-    count = model.config.get_text_config().num_hidden_layers
+    stack, place = layers(model)
+    count = len(stack)
     if r < 1 or not 0 <= last_layers <= count:
         raise ValueError(
             f"lora: r must be at least 1 and last_layers in [0, {count}], got {r} and {last_layers}"
         )
-    stacks = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    if not stacks:
-        raise ValueError(f"lora: found no list of {count} layers in {type(model).__name__}")
-    stack = model.get_submodule(stacks[0])
     first = count - (last_layers or count)
     linears = {
-        f"{stacks[0]}.{i}.{name}": module
+        f"{place}.{i}.{name}": module
         for i in range(first, count)
         for name, module in stack[i].named_modules()
         if isinstance(module, nn.Linear | Conv1D)
@@ -163,6 +156,15 @@ def lora(model: nn.Module, r: int, alpha: float, last_layers: int = 0) -> nn.Mod
             "ignore", message=".*gradient_checkpointing", category=FutureWarning
         )
         return get_peft_model(model, config, autocast_adapter_dtype=True)
+
+
+def layers(model: nn.Module) -> tuple[nn.ModuleList, str]:
+    """The list of a model's transformer layers, and its name; ValueError if there is none."""
+    count = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module, name
+    raise ValueError(f"policy: found no list of {count} layers in {type(model).__name__}")
 
 
 def _adapter_layers(model: nn.Module) -> list[nn.Module]:

@@ -12,13 +12,24 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from nlhf import algorithms, checkpoint, config, diagnosis, evaluate, parts, plots, policy
+from nlhf import (
+    algorithms,
+    checkpoint,
+    config,
+    diagnosis,
+    distributed,
+    evaluate,
+    parts,
+    plots,
+    policy,
+)
 from nlhf.config import Config
 from nlhf.learner import Learner
+from nlhf.players import trainable
 
 # what may differ between a run and its continuation: none of it changes the weights
 _FREE = {"output", "device", "eval_every", "eval_samples", "report_samples"}
-_FREE |= {"checkpoint_every", "keep_checkpoints", "gradient_checkpointing"}
+_FREE |= {"parallel", "checkpoint_every", "keep_checkpoints", "gradient_checkpointing"}
 
 
 def run(settings: Config, resume: bool = False) -> dict:
@@ -35,24 +46,23 @@ def run(settings: Config, resume: bool = False) -> dict:
     Raises:
         ValueError: bad input; the output folder holds another run, or one without ``resume``.
     """
-    output = Path(settings.output)
+    output, world = Path(settings.output), distributed.join()
     algorithms.check(settings)
-    _claim(output, settings, resume)
+    world.first(lambda: _claim(output, settings, resume))
     pieces = parts.build(settings)
     learner = Learner(pieces)
-    output.mkdir(parents=True, exist_ok=True)
-    if not _started(output):
-        config.save(settings, output / "config.yaml")
-    saved = checkpoint.complete(output / "checkpoints")
+    world.first(lambda: _open(output, settings))
+    saved = world.first(lambda: checkpoint.complete(output / "checkpoints"))
     done = checkpoint.load(saved[-1], learner) if saved else 0
-    metrics = _keep_metrics(output / "metrics.jsonl", done)
+    metrics = world.first(lambda: _keep_metrics(output / "metrics.jsonl", done))
     found = diagnosis.history(metrics, settings)
-    with Log(output, settings.algorithm, done, settings.steps) as log:
+    with Log(output, settings.algorithm, done, settings.steps) if world.main else Quiet() as log:
         for step in range(done, settings.steps):
             row = learner.step(step)
             every = settings.eval_every
             if every and pieces.eval_prompts and (step + 1) % every == 0:
-                row |= evaluate.quick(pieces)
+                with learner.gathered():
+                    row |= evaluate.quick(pieces)
             log(row)
             metrics.append(row)
             for finding in diagnosis.diagnose(metrics, settings):
@@ -67,26 +77,63 @@ def run(settings: Config, resume: bool = False) -> dict:
     return _finish(learner, metrics, output, found)
 
 
+def _open(output: Path, settings: Config) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    if not _started(output):
+        config.save(settings, output / "config.yaml")
+
+
 def _finish(learner: Learner, metrics: list[dict], output: Path, found: list) -> dict:
-    pieces = learner.parts
-    plots.curves(metrics, output / "curves.png")
-    policy.save(pieces.policy, pieces.tokenizer, output / "model")
+    pieces, world = learner.parts, learner.world
+    world.first(lambda: plots.curves(metrics, output / "curves.png"))
+    _save(learner, trainable(pieces.policy), pieces.policy, output / "model")
     if "ema" in learner.copies:
         with learner.players.model("ema") as averaged:
-            policy.save(averaged, pieces.tokenizer, output / "model-ema")
+            own = learner.players.copies["ema"].own()
+            _save(learner, own, averaged, output / "model-ema")
     if not pieces.eval_prompts:
         return {}
     # what is reported is what was saved
     dtype = getattr(torch, pieces.config.dtype)
     trained = policy.load_model(output / "model", dtype, pieces.device)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(learner.gathered())
         if pieces.ref is None:
-            stack.enter_context(pieces.policy.disable_adapter())
+            stack.enter_context(policy.AdaptersOff(pieces.policy))
             pieces = dataclasses.replace(pieces, ref=pieces.policy)
         result = evaluate.report(pieces, trained)
     result["findings"] = [dataclasses.asdict(finding) for finding in found]
-    evaluate.save(result, output)
+    world.first(lambda: evaluate.save(result, output))
     return result
+
+
+def _save(learner: Learner, weights: dict, model: torch.nn.Module, folder: Path) -> None:
+    """``model``, whose ``weights`` training has changed; by the first process, with the others."""
+    pieces, engine = learner.parts, learner.engine
+    if not engine.whole:
+        # a model that no engine has taken over, to lay the whole weights into, one at a time
+        model = (
+            parts.trained_model(pieces.config, torch.device("cpu")) if learner.world.main else None
+        )
+        whole = dict(model.named_parameters()) if model else {}
+        for name, weight in weights.items():
+            value = engine.full(weight)
+            if model:
+                whole[name].data.copy_(value)
+    learner.world.first(lambda: policy.save(model, pieces.tokenizer, folder))
+
+
+class Quiet(contextlib.nullcontext):
+    """The log of a process that is not the first: none."""
+
+    def __enter__(self):
+        return self
+
+    def __call__(self, row: dict[str, float]) -> None:
+        pass
+
+    def warn(self, finding: diagnosis.Finding) -> None:
+        pass
 
 
 class Log:

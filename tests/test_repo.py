@@ -51,7 +51,7 @@ LAYERS = [
 # nlhf, from the bottom: a module may import those of the lines above its own
 LOOP = [
     ["names"],
-    ["config", "data", "tabular"],
+    ["config", "data", "tabular", "distributed"],
     ["preference"],
     ["preference_fit"],
     ["policy"],
@@ -62,7 +62,7 @@ LOOP = [
     ["algorithms", "reward"],
     ["players"],
     ["quickstart", "plots", "diagnosis"],
-    ["parts"],
+    ["parts", "engines"],
     ["learner"],
     ["checkpoint"],
     ["evaluate", "arena"],
@@ -70,6 +70,7 @@ LOOP = [
     ["experiments"],
     ["commands"],
     ["cli"],
+    ["__main__"],
 ]
 
 
