@@ -98,6 +98,8 @@ class Config:
     """auto: a GPU if there is one; or cpu, cuda, cuda:1"""
     parallel: str = "auto"
     """how processes share the work: ddp, fsdp2 or zero3; auto: as accelerate launch says, or ddp"""
+    gather: str = "model"
+    """what a rollout of sharded weights has whole: the model, or, slowly, a layer at a time"""
     trust_remote_code: bool = False
     """let transformers run code that comes with the model"""
 
@@ -154,6 +156,7 @@ _CHOICES = {
     "kl": ("reward_to_go", "sequence", "token", "exact"),
     "dtype": ("float32", "bfloat16", "float64"),
     "copies_dtype": ("", "float32", "bfloat16", "float64"),
+    "gather": ("model", "layer"),
     "parallel": ("auto", "ddp", "fsdp2", "zero3"),
 }
 

@@ -51,6 +51,14 @@ class World:
         dist.all_gather_object(parts, numbers)
         return {name: sum(part[name] for part in parts) for name in numbers}
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is true of one of them."""
+        if self.size == 1:
+            return flag
+        found = torch.tensor(int(flag))
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return bool(found)
+
     def first(self, do: Callable[[], Any]) -> Any:
         """What ``do`` returns, which the first process does and the others wait for.
 

@@ -2,12 +2,13 @@
 
 The engines are those libraries'; what is here is how a run with rollouts uses them. A step of
 training is a pass through the engine. A rollout is not: there a process runs as many passes as its
-own rows need, so the weights are gathered for its duration, and no process waits for another.
+own rows need, so the weights are gathered for its duration, and no process waits for another. Where
+a model does not fit whole, a layer is gathered at a time, and all run it equally often.
 """
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,10 +28,11 @@ class Engine:
     # every process has all the weights
     whole = True
 
-    def __init__(self, policy: nn.Module, world: World = ALONE):
+    def __init__(self, policy: nn.Module, world: World = ALONE, by_layer: bool = False):
         self.policy: Any = policy
         self.model = policy
         self.world = world
+        self._by_layer = by_layer
 
     def prepare(self, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
         """To be called once, with what a step is made by; ``max_norm`` of the gradient."""
@@ -48,6 +50,17 @@ class Engine:
     def gathered(self, *models: nn.Module | None) -> Iterator[None]:
         """Inside it these models have all their weights here, for passes without a gradient."""
         yield
+
+    @property
+    def together(self) -> Callable[[bool], bool] | None:
+        """What a rollout needs where no process may run a model more often than another."""
+        return self.world.any if self._by_layer else None
+
+    @contextlib.contextmanager
+    def decoding(self, *models: nn.Module | None) -> Iterator[None]:
+        """For a rollout: as ``gathered``, or layer by layer where a model does not fit whole."""
+        with contextlib.nullcontext() if self._by_layer else self.gathered(*models):
+            yield
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient; that of the mean over the processes."""
@@ -109,7 +122,8 @@ class DDP(Engine):
 
     alone = False
 
-    def __init__(self, policy: nn.Module, world: World):
+    def __init__(self, policy: nn.Module, world: World, by_layer: bool = False):
+        # there is nothing to gather
         super().__init__(policy, world)
         device = next(policy.parameters()).device
         self._ddp = nn.parallel.DistributedDataParallel(
@@ -133,8 +147,8 @@ class FSDP2(Engine):
 
     alone = whole = False
 
-    def __init__(self, policy: nn.Module, world: World):
-        super().__init__(policy, world)
+    def __init__(self, policy: nn.Module, world: World, by_layer: bool = False):
+        super().__init__(policy, world, by_layer)
         self.shard(policy)
 
     def shard(self, model: nn.Module) -> None:
@@ -178,10 +192,10 @@ class ZeRO3(FSDP2):
     Its optimiser works on flat float32 parts of its own: weights and moments go through DeepSpeed.
     """
 
-    def __init__(self, policy: nn.Module, world: World):
+    def __init__(self, policy: nn.Module, world: World, by_layer: bool = False):
         if importlib.util.find_spec("deepspeed") is None:
             raise ValueError("config: parallel = 'zero3' needs pip install deepspeed")
-        Engine.__init__(self, policy, world)
+        Engine.__init__(self, policy, world, by_layer)
 
     def prepare(self, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
         """DeepSpeed takes the policy and its optimiser over."""

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -10,7 +11,10 @@ from torch import Tensor
 
 import nlhf_kernels as nk
 from nlhf import losses
+from nlhf.distributed import World
 from nlhf.parts import Parts, plain, seeds
+
+Together = Callable[[bool], bool] | None
 
 QUICK, REPORT = -1, -2
 _BATCH = 64
@@ -33,48 +37,59 @@ def _grams(words: list[str], n: int):
     return itertools.zip_longest(*(words[i : len(words) - n + 1 + i] for i in range(n)))
 
 
-def quick(parts: Parts) -> dict[str, float]:
+def quick(parts: Parts, together: Together = None) -> dict[str, float]:
     """The training preference against the reference, and the KL, on a few held-out prompts."""
     count = min(len(parts.eval_prompts), parts.config.eval_samples)
-    ids = parts.world.share(range(count))
-    # with more processes than prompts some have none
-    own = _quick_sums(parts, list(ids)) if ids else {"wins": 0.0, "kl": 0.0}
-    sums = parts.world.sum(own)
+    sums = {"wins": 0.0, "kl": 0.0}
+    for ids, ours in _rounds(parts.world, count, count):
+        prompts = [parts.eval_prompts[i] for i in ids]
+        draw = seeds(parts.config.seed, QUICK, ids, parts.device)
+        with torch.no_grad():
+            pair = parts.generate_pair(prompts, draw, mixture_coef=1.0, together=together)
+            texts = parts.decode(pair.y), parts.decode(pair.y_other)
+            wins = parts.preference(plain(prompts), *texts)
+        kl = (pair.y.policy_logprobs - pair.y.ref_logprobs).sum(-1)
+        if ours:
+            sums["wins"] += wins.double().sum().item()
+            sums["kl"] += kl.double().sum().item()
+    sums = parts.world.sum(sums)
     return {"preference_vs_ref": sums["wins"] / count, "kl_eval": sums["kl"] / count}
 
 
-def _quick_sums(parts: Parts, ids: list[int]) -> dict[str, float]:
-    prompts = [parts.eval_prompts[i] for i in ids]
-    draw = seeds(parts.config.seed, QUICK, ids, parts.device)
-    with torch.no_grad():
-        pair = parts.generate_pair(prompts, draw, mixture_coef=1.0)
-        wins = parts.preference(plain(prompts), parts.decode(pair.y), parts.decode(pair.y_other))
-    kl = (pair.y.policy_logprobs - pair.y.ref_logprobs).sum(-1)
-    return {"wins": wins.double().sum().item(), "kl": kl.double().sum().item()}
+def _rounds(world: World, count: int, size: int) -> Iterator[tuple[list[int], bool]]:
+    """This process's prompts out of ``count``, at most ``size`` at once, and whether they count.
+
+    All processes have equally many rounds, since some models run only where all run them.
+    """
+    mine = list(world.share(range(count)))
+    for start in range(0, -(-count // world.size), size):
+        yield mine[start : start + size] or [0], start < len(mine)
 
 
 @torch.no_grad()
-def report(parts: Parts, model: torch.nn.Module) -> dict:
+def report(parts: Parts, model: torch.nn.Module, together: Together = None) -> dict:
     """Every figure of the final table, with five samples; ``model`` is the trained policy.
 
-    Each process answers its share of the prompts; all of them return the whole.
+    Each process answers its share of the prompts; all of them return the whole. ``together`` as in
+    ``rollout.generate``.
     """
     prompts = parts.eval_prompts[: parts.config.report_samples]
     shown = plain(prompts)
     columns: dict[str, list[Tensor]] = {}
     texts: list[str] = []
     texts_ref: list[str] = []
-    mine = parts.world.share(range(len(prompts)))
-    for start in range(0, len(mine), _BATCH):
-        ids = list(mine[start : start + _BATCH])
+    for ids, ours in _rounds(parts.world, len(prompts), _BATCH):
         batch = [prompts[i] for i in ids]
         draw = seeds(parts.config.seed, REPORT, ids, parts.device)
-        pair = parts.generate_pair(batch, draw, policy=model, mixture_coef=1.0)
+        how = {"mixture_coef": 1.0, "together": together}
+        pair = parts.generate_pair(batch, draw, policy=model, **how)
         y, y_ref = parts.decode(pair.y), parts.decode(pair.y_other)
         rows = _rows(parts, model, pair) | {
             "win_judge": parts.judge([shown[i] for i in ids], y, y_ref),
             "win_preference": parts.preference([shown[i] for i in ids], y, y_ref),
         }
+        if not ours:
+            continue
         for name, values in rows.items():
             columns.setdefault(name, []).append(values.detach().cpu())
         texts += y

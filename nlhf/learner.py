@@ -54,7 +54,7 @@ class Learner:
             c.copies_device or None,
         )
         # after the copies, since what an engine has taken over cannot be copied
-        self.engine = engines.ENGINES[pieces.engine](pieces.policy, world)
+        self.engine = engines.ENGINES[pieces.engine](pieces.policy, world, c.gather == "layer")
         self._trunks = parts.trunks(pieces.preference, pieces.judge)
         for model in (pieces.ref, *self.copies.values(), *self._trunks):
             if model is not None:
@@ -77,7 +77,10 @@ class Learner:
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
         """Inside it all that a measurement runs has its weights here."""
-        with self.engine.gathered(self.policy, self.parts.ref, *self._trunks):
+        with (
+            self.engine.decoding(self.policy, self.parts.ref),
+            self.engine.gathered(*self._trunks),
+        ):
             yield
 
     def step(self, step: int) -> dict[str, float]:
@@ -158,8 +161,9 @@ class Learner:
             ]
             draw = parts.seeds(c.seed, step, ids, self.parts.device)
             models = {id(side.model): side.model for side in sides}
-            stack.enter_context(self.engine.gathered(*models.values(), self.parts.ref))
-            pair, judges = self.parts.generate(prompts, sides, draw, check=step == 0)
+            stack.enter_context(self.engine.decoding(*models.values(), self.parts.ref))
+            how = {"check": step == 0, "together": self.engine.together}
+            pair, judges = self.parts.generate(prompts, sides, draw, **how)
         return pair, judges
 
     def prefer(

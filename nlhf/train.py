@@ -29,7 +29,7 @@ from nlhf.players import trainable
 
 # what may differ between a run and its continuation: none of it changes the weights
 _FREE = {"output", "device", "eval_every", "eval_samples", "report_samples"}
-_FREE |= {"parallel", "checkpoint_every", "keep_checkpoints", "gradient_checkpointing"}
+_FREE |= {"parallel", "gather", "checkpoint_every", "keep_checkpoints", "gradient_checkpointing"}
 
 
 def run(settings: Config, resume: bool = False) -> dict:
@@ -62,7 +62,7 @@ def run(settings: Config, resume: bool = False) -> dict:
             every = settings.eval_every
             if every and pieces.eval_prompts and (step + 1) % every == 0:
                 with learner.gathered():
-                    row |= evaluate.quick(pieces)
+                    row |= evaluate.quick(pieces, learner.engine.together)
             log(row)
             metrics.append(row)
             for finding in diagnosis.diagnose(metrics, settings):
@@ -93,15 +93,17 @@ def _finish(learner: Learner, metrics: list[dict], output: Path, found: list) ->
             _save(learner, own, averaged, output / "model-ema")
     if not pieces.eval_prompts:
         return {}
-    # what is reported is what was saved
-    dtype = getattr(torch, pieces.config.dtype)
-    trained = policy.load_model(output / "model", dtype, pieces.device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(learner.gathered())
-        if pieces.ref is None:
-            stack.enter_context(policy.AdaptersOff(pieces.policy))
-            pieces = dataclasses.replace(pieces, ref=pieces.policy)
-        result = evaluate.report(pieces, trained)
+        trained = pieces.policy
+        if learner.engine.whole:
+            # what is reported is what was saved
+            dtype = getattr(torch, pieces.config.dtype)
+            trained = policy.load_model(output / "model", dtype, pieces.device)
+            if pieces.ref is None:
+                stack.enter_context(policy.AdaptersOff(pieces.policy))
+                pieces = dataclasses.replace(pieces, ref=pieces.policy)
+        result = evaluate.report(pieces, trained, learner.engine.together)
     result["findings"] = [dataclasses.asdict(finding) for finding in found]
     world.first(lambda: evaluate.save(result, output))
     return result
