@@ -160,7 +160,8 @@ class FSDP2(Engine):
     @contextlib.contextmanager
     def gathered(self, *models: nn.Module | None) -> Iterator[None]:
         """All parts of these models at once: it is the most that a process ever holds."""
-        parts = [m for model in models if model for m in model.modules() if _sharded(m)]
+        roots = [model for model in models if model]
+        parts = [m for model in roots for m in model.modules() if isinstance(m, FSDPModule)]
         for part in parts:
             part.set_reshard_after_forward(False, recurse=False)
             part.unshard()
@@ -169,7 +170,9 @@ class FSDP2(Engine):
         finally:
             for part in parts:
                 part.reshard()
-                part.set_reshard_after_forward(True, recurse=False)
+                # as fully_shard has it: the root stays, since its backward comes first
+                is_root = any(part is root for root in roots)
+                part.set_reshard_after_forward(not is_root, recurse=False)
 
     @contextlib.contextmanager
     def part(self, last: bool) -> Iterator[None]:
@@ -180,10 +183,6 @@ class FSDP2(Engine):
     def full(self, weight: Tensor) -> Tensor:
         """Gathered from all processes, and nothing kept."""
         return weight.detach().full_tensor() if isinstance(weight, DTensor) else weight.detach()
-
-
-def _sharded(module: nn.Module) -> bool:
-    return isinstance(module, FSDPModule)
 
 
 class ZeRO3(FSDP2):
