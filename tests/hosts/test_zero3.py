@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-3 trains what one process trains, and both go on with each other's checkpoints."""
+"""ZeRO-3 trains what one process trains, and both go on with each other's checkpoints."""
 
 import torch
 
