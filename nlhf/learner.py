@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import nlhf_kernels as nk
-from nlhf import algorithms, losses, memory, parts
+from nlhf import algorithms, losses, memory, optimizers, parts
 from nlhf.algorithms import Phase
 from nlhf.parts import Parts, plain
 from nlhf.players import Players, trainable
@@ -28,7 +28,7 @@ class Learner:
     algorithm is that of the configuration.
 
     Raises:
-        ValueError: the algorithm lacks a setting, or a reward.
+        ValueError: the algorithm lacks a setting, or a reward, or the optimiser a package.
     """
 
     def __init__(self, pieces: Parts):
@@ -42,13 +42,8 @@ class Learner:
             getattr(torch, c.copies_dtype) if c.copies_dtype else None,
             c.copies_device or None,
         )
-        self.optimizer = torch.optim.AdamW(
-            trainable(pieces.policy).values(),
-            lr=c.learning_rate,
-            weight_decay=c.weight_decay,
-            # one weight after the other, as is the default there, takes two copies of the largest
-            fused=pieces.device.type == "cpu" or None,
-        )
+        self.optimizer = optimizers.build(c, self.algorithm, trainable(pieces.policy).values())
+        self._forward = {"head": c.head, "packing": c.packing}
         self._reward = as_reward(pieces.preference) if self.algorithm.reward else None
 
     @property
@@ -71,6 +66,7 @@ class Learner:
             pair, judges = self.generate(phase, prompts, ids, step)
         with clock("prefer"):
             wins, other_wins = self.prefer(prompts, pair, judges)
+            handicap, _ = self.handicaps(pair, judges)
 
         results = []
         size = c.micro_batch_size or c.batch_size
@@ -95,7 +91,8 @@ class Learner:
         }
         return {
             "step": step + 1,
-            "preference": wins.mean().item(),
+            "preference": (wins - handicap).mean().item(),
+            "ended": self.ended(pair.y).mean().item(),
             "kl": summed["kl"] / len(wins),
             "entropy": summed["entropy"] / tokens,
             "length": tokens / len(wins),
@@ -130,7 +127,19 @@ class Learner:
     def prefer(
         self, prompts: list, pair: Pair, judges: list[Completion]
     ) -> tuple[Tensor, Tensor | None]:
-        """(B,) what the loss takes for y, and for y' if it takes something."""
+        """(B,) what the loss takes for y, and for y' if it takes something.
+
+        It is the preference, or the difference of the rewards, with the penalty for responses that
+        do not end.
+        """
+        judged = self.judge(prompts, pair, judges)
+        extra = self.handicaps(pair, judges)
+        return tuple(w if w is None else w + h for w, h in zip(judged, extra, strict=True))
+
+    def judge(
+        self, prompts: list, pair: Pair, judges: list[Completion]
+    ) -> tuple[Tensor, Tensor | None]:
+        """``prefer`` without the penalty."""
         shown, device = plain(prompts), self.parts.device
         y, y_other = self.parts.decode(pair.y), self.parts.decode(pair.y_other)
         if self._reward is not None:
@@ -148,6 +157,30 @@ class Learner:
         ]
         return tuple(w.view(-1, n).mean(1).to(device) for w in wins)
 
+    def handicaps(
+        self, pair: Pair, judges: list[Completion]
+    ) -> tuple[Tensor | float, Tensor | float]:
+        """(B,) what the penalty adds to the preference for y, and for y'; 0 without one.
+
+        Minus ``missing_eos_penalty`` if the response does not end, plus that if its opponent does
+        not: of two players the one gets what the other pays.
+        """
+        penalty = self.parts.config.missing_eos_penalty
+        if not penalty:
+            return 0.0, 0.0
+        y, y_other = self.ended(pair.y), self.ended(pair.y_other)
+        if not judges:
+            return penalty * (y - y_other), penalty * (y_other - y)
+        against = self.ended(judges[0]).view(len(y), -1).mean(1)
+        return penalty * (y - against), penalty * (y_other - against)
+
+    def ended(self, completion: Completion) -> Tensor:
+        """(R,) float32: 1 for responses whose own last token is one that ends, else 0."""
+        count = completion.mask.sum(-1, keepdim=True)
+        last = completion.tokens.gather(1, (count - 1).clamp(min=0))
+        ends = torch.tensor(self.parts.end_tokens(), device=last.device)
+        return (torch.isin(last, ends) & (count > 0))[:, 0].float()
+
     def lose(self, phase: Phase, pair: Pair, wins: Tensor, other_wins: Tensor | None) -> Any:
         """The loss of a micro-batch, with what the metrics read."""
         c, a = self.parts.config, self.algorithm
@@ -164,6 +197,7 @@ class Learner:
                 temperature=c.temperature,
                 kl=c.kl,
                 anchors=[(self._logprobs(n, pair, pair.y), w) for n, w in anchored.items()],
+                **self._forward,
             )
         both = (pair.y, pair.y_other)
         parameters = {name: getattr(c, name) for name in nk.PAIR_METHODS[a.loss].parameters}
@@ -177,6 +211,7 @@ class Learner:
             method=a.loss,
             anchors=[tuple(self._logprobs(name, pair, x) for x in both) for name in names],
             temperature=c.temperature,
+            **self._forward,
             **parameters,
         )
 
@@ -188,7 +223,9 @@ class Learner:
         if name == self.algorithm.sampler and completion.policy_logprobs is not None:
             return completion.policy_logprobs
         with self.players.model(name) as model:
-            return losses.frozen_logprobs(model, pair, completion, self.parts.config.temperature)
+            return losses.frozen_logprobs(
+                model, pair, completion, self.parts.config.temperature, **self._forward
+            )
 
     def update(self, step: int) -> Tensor:
         """The optimiser's step; the norm of the gradient before it was clipped."""

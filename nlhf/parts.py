@@ -157,7 +157,9 @@ def _assemble(config, device, prompts, eval_prompts, opinion, judge, lexicon) ->
         ref.requires_grad_(False).eval()
     if config.lora_r:
         torch.manual_seed(config.seed)
-        model = policy.lora(model, config.lora_r, config.lora_alpha, config.lora_layers)
+        model = policy.lora(
+            model, config.lora_r, config.lora_alpha, config.lora_layers, config.dora
+        )
     return Parts(
         config, model, ref, tokenizer, prompts, eval_prompts, opinion, judge, lexicon, device
     )
