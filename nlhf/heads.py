@@ -69,8 +69,8 @@ def hidden_states(
     """Hidden states (B, T, D) of the last ``keep`` columns, or of these, and the head for them.
 
     The whole model runs, through whatever wraps it, but its own head does not: for this call
-    another module stands in for it, which keeps what it is given. The backward pass begins at what
-    the model returned, as the hooks of wrappers expect.
+    another module stands in for it, which keeps what it is given, so hooks on the head are not
+    called. The backward pass begins at what the model returned, as the hooks of wrappers expect.
 
     The first call with a model shows it logits that reach from -50 to 50 instead, and compares what
     it makes of them with the factor and the soft cap that its configuration names.

@@ -66,7 +66,8 @@ class Learner:
             pair, judges = self.generate(phase, prompts, ids, step)
         with clock("prefer"):
             wins, other_wins = self.prefer(prompts, pair, judges)
-            handicap, _ = self.handicaps(pair, judges)
+            preference = wins.mean().item()
+            wins, other_wins = self.penalised(wins, other_wins, pair, judges)
 
         results = []
         size = c.micro_batch_size or c.batch_size
@@ -91,7 +92,7 @@ class Learner:
         }
         return {
             "step": step + 1,
-            "preference": (wins - handicap).mean().item(),
+            "preference": preference,
             "ended": self.ended(pair.y).mean().item(),
             "kl": summed["kl"] / len(wins),
             "entropy": summed["entropy"] / tokens,
@@ -127,19 +128,7 @@ class Learner:
     def prefer(
         self, prompts: list, pair: Pair, judges: list[Completion]
     ) -> tuple[Tensor, Tensor | None]:
-        """(B,) what the loss takes for y, and for y' if it takes something.
-
-        It is the preference, or the difference of the rewards, with the penalty for responses that
-        do not end.
-        """
-        judged = self.judge(prompts, pair, judges)
-        extra = self.handicaps(pair, judges)
-        return tuple(w if w is None else w + h for w, h in zip(judged, extra, strict=True))
-
-    def judge(
-        self, prompts: list, pair: Pair, judges: list[Completion]
-    ) -> tuple[Tensor, Tensor | None]:
-        """``prefer`` without the penalty."""
+        """(B,) what the loss takes for y, and for y' if it takes something."""
         shown, device = plain(prompts), self.parts.device
         y, y_other = self.parts.decode(pair.y), self.parts.decode(pair.y_other)
         if self._reward is not None:
@@ -157,22 +146,28 @@ class Learner:
         ]
         return tuple(w.view(-1, n).mean(1).to(device) for w in wins)
 
-    def handicaps(
-        self, pair: Pair, judges: list[Completion]
-    ) -> tuple[Tensor | float, Tensor | float]:
-        """(B,) what the penalty adds to the preference for y, and for y'; 0 without one.
+    def penalised(
+        self, wins: Tensor, other_wins: Tensor | None, pair: Pair, judges: list[Completion]
+    ) -> tuple[Tensor, Tensor | None]:
+        """What ``prefer`` found, with ``missing_eos_penalty`` for responses that do not end.
 
-        Minus ``missing_eos_penalty`` if the response does not end, plus that if its opponent does
-        not: of two players the one gets what the other pays.
+        Their own preference sinks by it and that over them rises: of two players the one gets what
+        the other pays. A loss of pairs takes probabilities, so there nobody gets below 0 or above
+        1; of a reward, what a response pays is taken from it.
         """
         penalty = self.parts.config.missing_eos_penalty
         if not penalty:
-            return 0.0, 0.0
+            return wins, other_wins
         y, y_other = self.ended(pair.y), self.ended(pair.y_other)
-        if not judges:
-            return penalty * (y - y_other), penalty * (y_other - y)
-        against = self.ended(judges[0]).view(len(y), -1).mean(1)
-        return penalty * (y - against), penalty * (y_other - against)
+        if other_wins is not None:
+            # each is compared with the same responses of the opponent
+            against = self.ended(judges[0]).view(len(y), -1).mean(1)
+            found = wins + penalty * (y - against), other_wins + penalty * (y_other - against)
+        else:
+            found = wins + penalty * (y - y_other), None
+        if self.algorithm.loss != "pg":
+            found = tuple(None if x is None else x.clamp(0, 1) for x in found)
+        return found
 
     def ended(self, completion: Completion) -> Tensor:
         """(R,) float32: 1 for responses whose own last token is one that ends, else 0."""
