@@ -1,9 +1,11 @@
-"""Prompts and responses without padding: one row of tokens, one sequence after the other."""
+"""Prompts and responses without padding: rows of tokens, one sequence after the other."""
 
+import itertools
 import weakref
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from nlhf import policy as policies
@@ -21,6 +23,10 @@ class Packed(NamedTuple):
     lengths: Tensor
     places: Tensor
 
+
+# tokens of a row where attention is under a block mask, whose cost grows with their square
+MOST = {"cpu": 512}
+_MOST = 4096
 
 # models by what was found, under the attention that they had
 _FOUND: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
@@ -44,6 +50,26 @@ def pack(input_ids: Tensor, attention_mask: Tensor, tokens: Tensor, mask: Tensor
     return Packed(ids[None], (order - 1)[keep][None], keep.sum(-1), places)
 
 
+def passes(model: nn.Module, lengths: Tensor) -> list[slice]:
+    """Sequences (B,) of so many tokens, in order, by the row that they go into.
+
+    One row with flash-attn, whose cost is that of the sequences alone, and where there are several
+    processes, which wait for each other in each pass; else one more wherever there would be too
+    many tokens in a row.
+    """
+    several = dist.is_available() and dist.is_initialized()
+    if _varlen(model) or several or len(lengths) == 0:
+        return [slice(0, len(lengths))]
+    most = MOST.get(lengths.device.type, _MOST)
+    starts, tokens = [0], 0
+    for b, length in enumerate(lengths.tolist()):
+        if tokens and tokens + length > most:
+            starts.append(b)
+            tokens = 0
+        tokens += length
+    return [slice(a, b) for a, b in itertools.pairwise([*starts, len(lengths)])]
+
+
 def unpacked(x: Tensor, mask: Tensor) -> Tensor:
     """(..., n) of the response tokens as (..., B, T), 0 under the mask."""
     whole = x.new_zeros(*x.shape[:-1], *mask.shape)
@@ -62,7 +88,7 @@ def arguments(model: nn.Module, lengths: Tensor) -> dict[str, Any]:
     flash-attn takes the offsets (its varlen kernels); for the rest transformers makes a block mask
     from positions that start anew, if it is given no mask.
     """
-    if not _attention(model).startswith("flash_attention"):
+    if not _varlen(model):
         return {}
     starts, longest = offsets(lengths), int(lengths.max())
     names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -71,6 +97,10 @@ def arguments(model: nn.Module, lengths: Tensor) -> dict[str, Any]:
 
 def _attention(model: nn.Module) -> str:
     return policies.bare(model).config.get_text_config()._attn_implementation or "eager"
+
+
+def _varlen(model: nn.Module) -> bool:
+    return _attention(model).startswith("flash_attention")
 
 
 @torch.no_grad()

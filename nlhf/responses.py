@@ -125,7 +125,7 @@ def read(
     Args:
         head: "fused" takes hidden states, "logits" what the model returns, "auto" hidden states
             where that is no slower and the model allows it.
-        packed: without padding, as one row.
+        packed: without padding, one sequence after the other, in a row or in a few.
         more: goes to the model.
 
     Raises:
@@ -135,24 +135,31 @@ def read(
     # ids under the mask may be anything
     tokens = torch.where(completion.mask, completion.tokens, 0)
     prompt_mask = pair.attention_mask != 0
-    if packed:
-        packing.check(model, tokens.device)
-        row = packing.pack(pair.input_ids, prompt_mask, tokens, completion.mask)
-        inputs = (row.input_ids, None, row.position_ids, row.places)
-        more |= packing.arguments(model, row.lengths)
-    else:
+    if not packed:
         # the last token predicts nothing that is asked for
         mask = torch.cat([prompt_mask, completion.mask[:, :-1]], -1)
         ids = torch.cat([pair.input_ids, tokens[:, :-1]], -1)
         inputs = (ids, mask, policies.positions(mask), tokens.shape[1])
-    x, own = None, None
+        return Reading(*_run(model, inputs, head, more), tokens, completion.mask, False)
+    packing.check(model, tokens.device)
+    pieces = []
+    for rows in packing.passes(model, prompt_mask.sum(-1) + completion.mask.sum(-1)):
+        columns = (pair.input_ids, prompt_mask, tokens, completion.mask)
+        row = packing.pack(*(x[rows] for x in columns))
+        inputs = (row.input_ids, None, row.position_ids, row.places)
+        x, own = _run(model, inputs, head, more | packing.arguments(model, row.lengths))
+        pieces.append(x[0])
+    x = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return Reading(x, own, tokens, completion.mask, True)
+
+
+def _run(model: nn.Module, inputs: tuple, head: str, more: dict) -> tuple[Tensor, Head | None]:
+    """Hidden states and their head, or logits and none."""
     if heads.wanted(model, head):
         try:
-            x, own = heads.hidden_states(model, *inputs, **more)
+            return heads.hidden_states(model, *inputs, **more)
         except heads.Refused as error:
             if head != "auto":
                 raise
             heads.refused(error)
-    if x is None:
-        x = policies.last_logits(model, *inputs, **more)
-    return Reading(x[0] if packed else x, own, tokens, completion.mask, packed)
+    return policies.last_logits(model, *inputs, **more), None

@@ -6,10 +6,11 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nlhf import heads, losses, memory, policy, responses
+from nlhf import heads, losses, memory, packing, policy, responses
 from nlhf.rollout import Completion, Pair
 from tests import tiny
 from tests.test_losses import gradients, made
@@ -237,6 +238,29 @@ def test_through_the_wrapper_of_a_distributed_model(name, group):
     assert calls[0] == "forward"
     assert calls.count("forward") == 2
     assert calls.count("reduced") >= 2
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, tied"])
+def test_through_shards(name, group, monkeypatch):
+    """Several processes run as many passes each, so packing makes one row here."""
+    monkeypatch.setitem(packing.MOST, "cpu", 1)
+    model, ref = MODELS[name](0), MODELS[name](1)
+    pair, preference = made(model, ref)
+    expected = losses.nash_md_pg(model, ref, pair, preference, tau=0.1, head="logits")
+    wanted, calls = gradients(model, expected.loss), []
+    for layer in (*model.model.layers, model):
+        fully_shard(layer)
+    for packed in (False, True):
+        losses.frozen_logprobs(model, pair, pair.y, 1.0, packing=packed)
+        with memory.untied(model), memory.recomputing(model):
+            hook = model.register_forward_hook(lambda *_: calls.append(1))
+            result = losses.nash_md_pg(
+                model, ref, pair, preference, tau=0.1, head="fused", packing=packed
+            )
+            hook.remove()
+        found = {n: x.full_tensor() for n, x in gradients(model, result.loss).items()}
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+    assert len(calls) == 2
 
 
 def reduced(bucket, calls):

@@ -180,6 +180,29 @@ def test_layers_with_a_state_are_refused(build):
             losses.nash_md_pg(model, model, pair, preference, tau=0.1, packing=True)
 
 
+@pytest.mark.parametrize("head", ["logits", "fused"])
+@pytest.mark.parametrize("name", ["llama, tied", "lora"])
+def test_a_row_of_too_many_tokens_becomes_a_few(name, head, monkeypatch):
+    model = MODELS[name](0)
+    ref = None if name == "lora" else MODELS[name](1)
+    pair, preference = ragged()
+    found, calls = [], []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    for most in (1000, 9, 1):
+        monkeypatch.setitem(packing.MOST, "cpu", most)
+        losses.frozen_logprobs(model, pair, pair.y, 1.0, packing=True)
+        calls.clear()
+        with memory.untied(model):
+            result = losses.nash_md_pg(
+                model, ref, pair, preference, tau=0.1, head=head, packing=True
+            )
+        found.append((result, gradients(model, result.loss), len(calls)))
+    # 10, 7, 2, 5 and 7 tokens
+    assert [calls for *_, calls in found] == [1, 4, 5]
+    for other in found[1:]:
+        close(other[:2], found[0][:2], name)
+
+
 class Counting(type(tiny.gpt2())):
     """Positions of its own making, from the beginning of the row."""
 
