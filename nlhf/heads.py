@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nlhf import policy as policies
+from nlhf.names import nearest
 
 CHOICES = ("auto", "fused", "logits")
 # the logits that a model is shown once, to see what it makes of them, reach so far
@@ -51,11 +52,6 @@ class Refused(ValueError):
 
 # what was found of each model, or why it was refused
 _FOUND: weakref.WeakKeyDictionary[nn.Module, Scaling | str] = weakref.WeakKeyDictionary()
-
-
-def check(choice: str) -> None:
-    if choice not in CHOICES:
-        raise ValueError(f"head must be one of {', '.join(map(repr, CHOICES))}, got {choice!r}")
 
 
 def hidden_states(
@@ -118,7 +114,10 @@ def wanted(model: nn.Module, choice: str) -> bool:
     On the CPU a product of 16 bits is fast only where its result is rounded, and the ops round
     nothing: there they take 3 to 5 times as long. Nor does "auto" ask a model that refused.
     """
-    check(choice)
+    if choice not in CHOICES:
+        known = ", ".join(map(repr, CHOICES))
+        hint = nearest(choice, CHOICES)
+        raise ValueError(f"head: must be one of {known}, got {choice!r}{hint}")
     if choice != "auto":
         return choice == "fused"
     inner = policies.bare(model)

@@ -195,7 +195,9 @@ def test_heads_that_are_no_plain_linear_layer_are_refused():
     model.lm_head = Odd(16, tiny.V, bias=False).double()
     with pytest.raises(ValueError, match="a Odd as its head"):
         losses.nash_md_pg(model, None, pair, preference, tau=0.1, head="fused")
-    with pytest.raises(ValueError, match="head must be one of 'auto', 'fused', 'logits'"):
+    with pytest.raises(
+        ValueError, match=r"head: must be one of .*, got 'fuse'; do you mean fused\?"
+    ):
         losses.nash_md_pg(model, None, pair, preference, tau=0.1, head="fuse")
 
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from nlhf import losses, memory, packing, policy, responses
+from bench import fast_paths
+from nlhf import learner, losses, memory, packing, parts, policy, responses
 from nlhf.rollout import Completion, Pair
 from tests import tiny
 from tests.test_losses import gradients, made
+from tests.test_train import folder, settings  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -231,6 +233,30 @@ def test_a_changed_token_changes_no_other_sequence():
     assert changed[12:19].any()
     assert not changed[:12].any()
     assert not changed[19:].any()
+
+
+def test_a_step_of_the_trainer_is_the_same(folder, tmp_path):  # noqa: F811
+    """With anchors beside the reference, and in micro-batches."""
+    found = []
+    for changes in ({"head": "logits"}, {"head": "fused", "packing": True}):
+        chosen = {"algorithm": "mnpo", "eta": 1.0, "inner_steps": 1, "dtype": "float64"}
+        chosen |= {"micro_batch_size": 3, "eval_prompts": ""} | changes
+        pieces = parts.build(settings(folder, tmp_path, **chosen))
+        learns = learner.Learner(pieces)
+        steps = [learns.step(step) for step in range(2)]
+        found.append([
+            {k: v for k, v in step.items() if "seconds" not in k and "per_second" not in k}
+            for step in steps
+        ])  # fmt: skip
+    assert found[1] == [pytest.approx(step, rel=1e-9) for step in found[0]]
+
+
+def test_the_bench_of_it_runs(capsys, monkeypatch):
+    monkeypatch.setattr(fast_paths, "V", tiny.V)
+    monkeypatch.setattr(fast_paths, "model", lambda: tiny.llama(0, torch.float32))
+    fast_paths.main((("tiny", 3, 16, 2),))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[5] for line in lines[2:]] == ["logits", "fused"]
 
 
 def test_rollouts_of_their_own_give_the_log_probabilities_that_they_said():
