@@ -52,6 +52,8 @@ class Config:
     """steps from one outer iteration to the next; 0: not given"""
     opponent_samples: int = 1
     """responses of the opponent that y is compared with, where y' is not the opponent's"""
+    missing_eos_penalty: float = 0.0
+    """taken from the preference for a response that does not end, and given for its opponent's"""
     copies_dtype: str = ""
     """of the reference and other frozen copies: float32, bfloat16 or float64; "": the policy's"""
     copies_device: str = ""
@@ -77,6 +79,12 @@ class Config:
     """prompts a forward and backward pass; 0: batch_size"""
     gradient_checkpointing: bool = False
     """keep the layers' inputs alone and compute the rest again: less memory, same gradient"""
+    head: str = "auto"
+    """loss from hidden states (fused) or from the model's logits; auto: the faster, where it can"""
+    packing: bool = False
+    """loss without padding, all sequences of a pass in one row; needs attention in every layer"""
+    optimizer: str = "adamw"
+    """adamw, or adamw_8bit, whose moments are 8 bits wide (needs bitsandbytes)"""
     learning_rate: float = 1e-5
     """AdamW's highest learning rate"""
     warmup_steps: int = 5
@@ -92,8 +100,12 @@ class Config:
     """scale of the adapters, divided by lora_r"""
     lora_layers: int = 0
     """adapt the last so many layers; 0: all"""
+    dora: bool = False
+    """train the norms of the adapted columns too; slower"""
     dtype: str = "float32"
     """of the model: float32, bfloat16 or float64 (adapters are float32 over bfloat16)"""
+    master_weights: bool = False
+    """the optimiser keeps bfloat16 weights in float32 too, so that no small step is lost"""
     device: str = "auto"
     """auto: a GPU if there is one; or cpu, cuda, cuda:1"""
     parallel: str = "auto"
@@ -118,6 +130,15 @@ class Config:
 
     def __post_init__(self):
         _check(self, _LIMITS, _CHOICES)
+        if self.dora and not self.lora_r:
+            raise ValueError("config: dora needs adapters, got lora_r 0; set lora_r")
+        # adapters are float32 as they are
+        halved = self.dtype == "bfloat16" and not self.lora_r
+        if self.master_weights and not (halved and self.optimizer == "adamw"):
+            raise ValueError(
+                "config: master_weights needs dtype 'bfloat16', lora_r 0 and optimizer 'adamw', "
+                f"got {self.dtype!r}, {self.lora_r} and {self.optimizer!r}; leave it off"
+            )
 
 
 _TINY = 1e-30
@@ -129,6 +150,7 @@ _LIMITS = (
     ("ema_decay", 0, 1, "in [0, 1]"),
     ("inner_steps", 0, math.inf, "at least 0"),
     ("opponent_samples", 1, math.inf, "at least 1"),
+    ("missing_eos_penalty", 0, 1e30, "at least 0 and finite"),
     ("temperature", _TINY, 1e30, "above 0 and finite"),
     ("top_k", 0, 2**63 - 1, "at least 0"),
     ("top_p", _TINY, 1, "in (0, 1]"),
@@ -154,6 +176,8 @@ _LIMITS = (
 _CHOICES = {
     "assets": ("", "quickstart"),
     "kl": ("reward_to_go", "sequence", "token", "exact"),
+    "head": ("auto", "fused", "logits"),
+    "optimizer": ("adamw", "adamw_8bit"),
     "dtype": ("float32", "bfloat16", "float64"),
     "copies_dtype": ("", "float32", "bfloat16", "float64"),
     "gather": ("model", "layer"),

@@ -29,7 +29,8 @@ class Engine:
     whole = True
 
     def __init__(self, policy: nn.Module, world: World = ALONE, by_layer: bool = False):
-        self.policy: Any = policy
+        # what a training pass calls, and the model inside
+        self.policy: nn.Module = policy
         self.model = policy
         self.world = world
         self._by_layer = by_layer
@@ -104,19 +105,6 @@ class Engine:
             self._optimizer.state[weight][field] = x.to(beside)
 
 
-class _Through:
-    """A model whose calls go through an engine's wrapper, and whose attributes are its own."""
-
-    def __init__(self, model: nn.Module, wrapper: nn.Module):
-        self._model, self._wrapper = model, wrapper
-
-    def __call__(self, *arguments, **named) -> Any:
-        return self._wrapper(*arguments, **named)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-
 class DDP(Engine):
     """Every process has all weights; gradients are averaged while they are made."""
 
@@ -133,7 +121,7 @@ class DDP(Engine):
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
-        self.policy = _Through(policy, self._ddp)
+        self.policy = self._ddp
 
     @contextlib.contextmanager
     def part(self, last: bool) -> Iterator[None]:
@@ -214,7 +202,7 @@ class ZeRO3(FSDP2):
         self._engine, *_ = deepspeed.initialize(
             model=self.model, optimizer=optimizer, config=settings, dist_init_required=False
         )
-        self.policy = _Through(self.model, self._engine)
+        self.policy = self._engine
 
     @contextlib.contextmanager
     def gathered(self, *models: nn.Module | None) -> Iterator[None]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import nlhf_kernels as nk
-from nlhf import algorithms, engines, losses, memory, parts
+from nlhf import algorithms, engines, losses, memory, optimizers, parts
 from nlhf.algorithms import Phase
 from nlhf.parts import Parts, plain
 from nlhf.players import Players, trainable
@@ -29,7 +29,7 @@ class Learner:
     algorithm is that of the configuration.
 
     Raises:
-        ValueError: the algorithm lacks a setting, or a reward.
+        ValueError: the algorithm lacks a setting, or a reward, or the optimiser a package.
     """
 
     def __init__(self, pieces: Parts):
@@ -59,14 +59,9 @@ class Learner:
         for model in (pieces.ref, *self.copies.values(), *self._trunks):
             if model is not None:
                 self.engine.shard(model)
-        self.optimizer = torch.optim.AdamW(
-            trainable(pieces.policy).values(),
-            lr=c.learning_rate,
-            weight_decay=c.weight_decay,
-            # one weight after the other, as is the default there, takes two copies of the largest
-            fused=pieces.device.type == "cpu" or None,
-        )
+        self.optimizer = optimizers.build(c, self.algorithm, trainable(pieces.policy).values())
         self.engine.prepare(self.optimizer, c.max_grad_norm or math.inf)
+        self._forward = {"head": c.head, "packing": c.packing}
         self._reward = as_reward(pieces.preference) if self.algorithm.reward else None
 
     @property
@@ -99,6 +94,8 @@ class Learner:
             pair, judges = self.generate(phase, prompts, ids, step)
         with clock("prefer"):
             wins, other_wins = self.prefer(prompts, pair, judges)
+            preferred = wins.double().sum().item()
+            wins, other_wins = self.penalised(wins, other_wins, pair, judges)
 
         results = []
         size = c.micro_batch_size or len(wins)
@@ -123,7 +120,8 @@ class Learner:
         total = self.world.sum(
             {
                 "rows": len(wins),
-                "preference": wins.double().sum().item(),
+                "preference": preferred,
+                "ended": self.ended(pair.y).sum().item(),
                 "tokens": tokens,
                 "drawn": tokens + sum(x.mask.sum().item() for x in (pair.y_other, *judges)),
             }
@@ -132,6 +130,7 @@ class Learner:
         return {
             "step": step + 1,
             "preference": total["preference"] / total["rows"],
+            "ended": total["ended"] / total["rows"],
             "kl": total["kl"] / total["rows"],
             "entropy": total["entropy"] / total["tokens"],
             "length": total["tokens"] / total["rows"],
@@ -193,6 +192,36 @@ class Learner:
         ]
         return tuple(w.view(-1, n).mean(1).to(device) for w in wins)
 
+    def penalised(
+        self, wins: Tensor, other_wins: Tensor | None, pair: Pair, judges: list[Completion]
+    ) -> tuple[Tensor, Tensor | None]:
+        """What ``prefer`` found, with ``missing_eos_penalty`` for responses that do not end.
+
+        Their own preference sinks by it and that over them rises: of two players the one gets what
+        the other pays. A loss of pairs takes probabilities, so there nobody gets below 0 or above
+        1; of a reward, what a response pays is taken from it.
+        """
+        penalty = self.parts.config.missing_eos_penalty
+        if not penalty:
+            return wins, other_wins
+        y, y_other = self.ended(pair.y), self.ended(pair.y_other)
+        if other_wins is not None:
+            # each is compared with the same responses of the opponent
+            against = self.ended(judges[0]).view(len(y), -1).mean(1)
+            found = wins + penalty * (y - against), other_wins + penalty * (y_other - against)
+        else:
+            found = wins + penalty * (y - y_other), None
+        if self.algorithm.loss != "pg":
+            found = tuple(None if x is None else x.clamp(0, 1) for x in found)
+        return found
+
+    def ended(self, completion: Completion) -> Tensor:
+        """(R,) float32: 1 for responses whose own last token is one that ends, else 0."""
+        count = completion.mask.sum(-1, keepdim=True)
+        last = completion.tokens.gather(1, (count - 1).clamp(min=0))
+        ends = torch.tensor(self.parts.end_tokens(), device=last.device)
+        return (torch.isin(last, ends) & (count > 0))[:, 0].float()
+
     def lose(self, phase: Phase, pair: Pair, wins: Tensor, other_wins: Tensor | None) -> Any:
         """The loss of a micro-batch, with what the metrics read."""
         c, a = self.parts.config, self.algorithm
@@ -209,6 +238,7 @@ class Learner:
                 temperature=c.temperature,
                 kl=c.kl,
                 anchors=[(self._logprobs(n, pair, pair.y), w) for n, w in anchored.items()],
+                **self._forward,
             )
         both = (pair.y, pair.y_other)
         parameters = {name: getattr(c, name) for name in nk.PAIR_METHODS[a.loss].parameters}
@@ -222,6 +252,7 @@ class Learner:
             method=a.loss,
             anchors=[tuple(self._logprobs(name, pair, x) for x in both) for name in names],
             temperature=c.temperature,
+            **self._forward,
             **parameters,
         )
 
@@ -233,7 +264,9 @@ class Learner:
         if name == self.algorithm.sampler and completion.policy_logprobs is not None:
             return completion.policy_logprobs
         with self.players.model(name) as model:
-            return losses.frozen_logprobs(model, pair, completion, self.parts.config.temperature)
+            return losses.frozen_logprobs(
+                model, pair, completion, self.parts.config.temperature, **self._forward
+            )
 
     def update(self, step: int) -> Tensor:
         """The optimiser's step; the norm of the gradient before it was clipped."""

@@ -188,7 +188,9 @@ def trained_model(config: Config, device: torch.device) -> torch.nn.Module:
     model = policy.load_model(config.model, dtype, device, **code)
     if config.lora_r:
         torch.manual_seed(config.seed)
-        model = policy.lora(model, config.lora_r, config.lora_alpha, config.lora_layers)
+        model = policy.lora(
+            model, config.lora_r, config.lora_alpha, config.lora_layers, config.dora
+        )
     return model
 
 
