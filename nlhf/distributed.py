@@ -106,6 +106,13 @@ def join() -> World:
     return World(dist.get_rank(), dist.get_world_size())
 
 
+def leave() -> None:
+    """At the end of the program: no process goes while another still talks to it."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def engine_name(wanted: str) -> str:
     """The engine of a run: the one that is wanted, with "auto" that of ``accelerate launch``.
 

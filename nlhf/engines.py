@@ -137,40 +137,49 @@ class FSDP2(Engine):
 
     def __init__(self, policy: nn.Module, world: World, by_layer: bool = False):
         super().__init__(policy, world, by_layer)
+        self._roots: list[FSDPModule] = []
         self.shard(policy)
 
     def shard(self, model: nn.Module) -> None:
-        """A layer at a time, and the rest."""
+        """A layer at a time, and the rest: embeddings, norm and head."""
         for layer in layers(model)[0]:
             fully_shard(layer)
-        fully_shard(model)
+        # torch would leave the rest whole after a pass without a gradient
+        fully_shard(model, reshard_after_forward=True)
+        self._roots.append(model)
 
     @contextlib.contextmanager
     def gathered(self, *models: nn.Module | None) -> Iterator[None]:
         """All parts of these models at once: it is the most that a process ever holds."""
-        roots = [model for model in models if model]
-        parts = [m for model in roots for m in model.modules() if isinstance(m, FSDPModule)]
-        for part in parts:
-            part.set_reshard_after_forward(False, recurse=False)
-            part.unshard()
-        try:
-            yield
-        finally:
+        parts = [m for model in models if model for m in model.modules()]
+        with _stay([part for part in parts if isinstance(part, FSDPModule)]) as parts:
             for part in parts:
-                part.reshard()
-                # as fully_shard has it: the root stays, since its backward comes first
-                is_root = any(part is root for root in roots)
-                part.set_reshard_after_forward(not is_root, recurse=False)
+                part.unshard()
+            yield
 
     @contextlib.contextmanager
     def part(self, last: bool) -> Iterator[None]:
-        """Gradients are averaged and laid out in the last part alone."""
+        """Gradients are averaged and laid out in the last part alone; a loss finds whole heads."""
         self.model.set_requires_gradient_sync(last)
-        yield
+        with _stay(self._roots):
+            yield
 
     def full(self, weight: Tensor) -> Tensor:
         """Gathered from all processes, and nothing kept."""
         return weight.detach().full_tensor() if isinstance(weight, DTensor) else weight.detach()
+
+
+@contextlib.contextmanager
+def _stay(parts: list[FSDPModule]) -> Iterator[list[FSDPModule]]:
+    """What runs inside it keeps its weights until the end."""
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield parts
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(True, recurse=False)
 
 
 class ZeRO3(FSDP2):
@@ -183,6 +192,7 @@ class ZeRO3(FSDP2):
         if importlib.util.find_spec("deepspeed") is None:
             raise ValueError("config: parallel = 'zero3' needs pip install deepspeed")
         Engine.__init__(self, policy, world, by_layer)
+        self._roots = []
 
     def prepare(self, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
         """DeepSpeed takes the policy and its optimiser over."""
@@ -224,7 +234,8 @@ class ZeRO3(FSDP2):
     def part(self, last: bool) -> Iterator[None]:
         """DeepSpeed adds up gradients until it is told of the last part."""
         self._engine.set_gradient_accumulation_boundary(last)
-        yield
+        with _stay(self._roots):
+            yield
 
     def backward(self, loss: Tensor) -> None:
         """As DeepSpeed does it."""

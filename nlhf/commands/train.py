@@ -29,9 +29,10 @@ def run(arguments: argparse.Namespace) -> None:
     overrides = {k: v for k, v in known.items() if k not in ("command", "config", "resume", "run")}
     settings = config.load(arguments.config, overrides)
     # after the flags are known to be right: torch and transformers take seconds to import
-    from nlhf import evaluate, train
+    from nlhf import distributed, evaluate, train
 
     result = train.run(settings, arguments.resume)
+    distributed.leave()
     if result:
         sys.stdout.write("\n" + evaluate.table(result))
     sys.stdout.write(f"\nThe run is in {settings.output}: model/, report.md, curves.png\n")
