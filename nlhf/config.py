@@ -69,6 +69,25 @@ class Config:
     max_new_tokens: int = 64
     """longest completion, in tokens"""
 
+    server: str = ""
+    """url of an inference server that draws the responses of the policy; "": they are drawn here"""
+    server_engine: str = "vllm"
+    """its protocol: vllm (completions as OpenAI has them, with token ids) or sglang (its own)"""
+    server_model: str = ""
+    """name of the model, or adapter, on the server; "": what it serves"""
+    server_key_env: str = ""
+    """environment variable that holds the server's key; "": no key"""
+    server_logprobs: str = ""
+    """its log-probabilities: raw, scaled (by temperature), processed; "": the engine's default"""
+    server_concurrency: int = 64
+    """requests to the server at once"""
+    server_timeout: float = 600.0
+    """seconds for an answer of the server"""
+    importance: str = "none"
+    """weights of policy gradients for what another distribution drew: none, token or sequence"""
+    importance_cap: float = 2.0
+    """the largest importance weight, at least 1"""
+
     steps: int = 100
     """optimiser steps"""
     batch_size: int = 32
@@ -130,6 +149,9 @@ _LIMITS = (
     ("top_p", _TINY, 1, "in (0, 1]"),
     ("min_p", 0, 1, "in [0, 1]"),
     ("max_new_tokens", 1, math.inf, "at least 1"),
+    ("server_concurrency", 1, 4096, "in 1 to 4096"),
+    ("server_timeout", 1e-3, 1e6, "above 0 and finite"),
+    ("importance_cap", 1, math.inf, "at least 1"),
     ("steps", 0, math.inf, "at least 0"),
     ("batch_size", 1, math.inf, "at least 1"),
     ("micro_batch_size", 0, math.inf, "at least 0"),
@@ -150,6 +172,9 @@ _LIMITS = (
 _CHOICES = {
     "assets": ("", "quickstart"),
     "kl": ("reward_to_go", "sequence", "token", "exact"),
+    "server_engine": ("vllm", "sglang"),
+    "server_logprobs": ("", "raw", "scaled", "processed"),
+    "importance": ("none", "token", "sequence"),
     "dtype": ("float32", "bfloat16", "float64"),
     "copies_dtype": ("", "float32", "bfloat16", "float64"),
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import nlhf_kernels as nk
-from nlhf import algorithms, losses, memory, parts
+from nlhf import algorithms, importance, losses, memory, parts, serving
 from nlhf.algorithms import Phase
 from nlhf.parts import Parts, plain
 from nlhf.players import Players, trainable
@@ -102,6 +102,7 @@ class Learner:
             "grad_norm": norm.item(),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "tokens_per_second": both / sum(clock.seconds.values()),
+            **importance.metrics(results, c.importance, serving.sampling(c, ()).filtered),
             **{f"seconds_{phase}": seconds for phase, seconds in clock.seconds.items()},
         }
 
@@ -124,7 +125,8 @@ class Learner:
                 for name, n in zip(who, counts, strict=False)
             ]
             draw = parts.seeds(c.seed, step, ids, self.parts.device)
-            pair, judges = self.parts.generate(prompts, sides, draw, check=step == 0)
+            settings = {"served": bool(c.server), "check": step == 0}
+            pair, judges = self.parts.generate(prompts, sides, draw, **settings)
         return pair, judges
 
     def prefer(
@@ -155,6 +157,18 @@ class Learner:
         names = [name for name, _ in phase.anchors]
         if a.loss == "pg":
             anchored = dict(zip(names, strengths, strict=True))
+            if c.importance != "none":
+                return importance.corrected_pg(
+                    self.policy,
+                    self.parts.ref,
+                    pair,
+                    wins,
+                    importance=self._weights(pair),
+                    tau=anchored.pop("ref", 0.0),
+                    temperature=c.temperature,
+                    kl=c.kl,
+                    anchors=[(self._logprobs(n, pair, pair.y), w) for n, w in anchored.items()],
+                )
             return losses.nash_md_pg(
                 self.policy,
                 self.parts.ref,
@@ -178,6 +192,19 @@ class Learner:
             anchors=[tuple(self._logprobs(name, pair, x) for x in both) for name in names],
             temperature=c.temperature,
             **parameters,
+        )
+
+    def _weights(self, pair: Pair) -> importance.ImportanceWeights:
+        c, y = self.parts.config, pair.y
+        # only what a server drew comes without the mass that was kept: y' too is the policy's then
+        other = pair.y_other if pair.y_other.log_kept_mass is None else None
+        return importance.weights(
+            y.policy_logprobs,
+            y.sampling_logprobs,
+            y.mask,
+            level=c.importance,
+            cap=c.importance_cap,
+            other=other,
         )
 
     def _logprobs(self, name: str, pair: Pair, completion: Completion) -> Tensor:

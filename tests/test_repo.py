@@ -51,14 +51,15 @@ LAYERS = [
 # nlhf, from the bottom: a module may import those of the lines above its own
 LOOP = [
     ["names"],
-    ["config", "data", "tabular"],
+    ["config", "data", "http", "tabular"],
     ["preference"],
     ["preference_fit"],
     ["policy"],
     ["caches", "graphs", "linears"],
     ["decoding"],
     ["rollout"],
-    ["losses", "memory"],
+    ["losses", "memory", "serving"],
+    ["importance"],
     ["algorithms", "reward"],
     ["players"],
     ["quickstart", "plots", "diagnosis"],
