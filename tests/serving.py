@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,8 +11,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import torch
 
 from nlhf import rollout
+from nlhf.preference import HTTPJudge, JudgeConfig
 
 MODEL = "toy"
+KEY = "sk-very-secret-0123456789"
+TEMPLATE = "{prompt}|{first}|{second}"
+PAIRS = (["x", "x", "z"], ["good", "bad", "good"], ["bad", "good", "good"])
 
 
 class Server(ThreadingHTTPServer):
@@ -131,6 +136,23 @@ def texts_of(body: dict) -> tuple[str, str, str]:
     return tuple(body["messages"][-1]["content"].split("|"))
 
 
+def opinion(path, body):
+    """Prefers "good", and whatever comes first a little."""
+    if path == "/v1/models":
+        return models(MODEL)
+    _, first, second = texts_of(body)
+    margin = 2.0 * (first == "good") - 2.0 * (second == "good") + 0.5
+    p = 1 / (1 + math.exp(-margin))
+    # in variants of case and spacing, beside what is neither
+    tops = {"A": math.log(0.6 * p), " a": math.log(0.3 * p), "B": math.log(0.9 * (1 - p))}
+    return chat("A" if p > 0.5 else "B", tops | {"The": math.log(0.1)})
+
+
+def judge(server, **changes):
+    settings = {"url": server.url, "model": MODEL, "template": TEMPLATE, "backoff": 0.001}
+    return HTTPJudge(JudgeConfig(**settings | changes))
+
+
 # ---- engines
 
 
@@ -192,3 +214,16 @@ class Engine:
             found = y.sampling_logprobs[0, :n]
         ended = tokens[-1] in asked["stop_token_ids"]
         return tokens, found.tolist(), "stop" if ended else "length"
+
+
+def explicit(model, ids, mask, y: rollout.Completion, temperature, n=1) -> torch.Tensor:
+    """Log-probabilities of n responses a prompt, a row at a time."""
+    found = torch.zeros(y.tokens.shape, dtype=torch.float64)
+    for r in range(len(y.tokens)):
+        prompt = ids[r // n][mask[r // n] > 0]
+        tokens = y.tokens[r][y.mask[r]]
+        with torch.no_grad():
+            logits = model(torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1]
+        logs = (logits / temperature).log_softmax(-1)
+        found[r, : len(tokens)] = logs.gather(-1, tokens[:, None])[:, 0]
+    return found
