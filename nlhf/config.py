@@ -30,7 +30,7 @@ class Config:
     eval_prompts: str = ""
     """held-out prompts for the report; "": no report at the end"""
     preference: str = ""
-    """folder of a saved preference or reward model, or "module:function" of our protocol"""
+    """folder of a preference or reward model, "module:function", or YAML file or url of a judge"""
     judge: str = ""
     """a second preference model that only judges, like preference; "": the first one judges"""
     output: str = "runs/nlhf"

@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from multiprocessing.pool import ThreadPool
 from typing import Any, TypeVar
 
 import httpx2
@@ -24,6 +24,8 @@ T = TypeVar("T")
 # of a server that is too busy, restarts, or stands behind a proxy that does
 _RETRIED = {408, 409, 425, 429, *range(500, 600)}
 _LONGEST_WAIT = 60.0
+# an answer may take minutes, a connection does not
+_LONGEST_CONNECT = 10.0
 _MOST_BYTES = 2**26
 
 if logging.getLogger("httpx2").level == logging.NOTSET:
@@ -83,7 +85,7 @@ class Client:
             )
         self._http = httpx2.Client(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-            timeout=httpx2.Timeout(timeout, pool=None),
+            timeout=httpx2.Timeout(timeout, connect=min(timeout, _LONGEST_CONNECT), pool=None),
             limits=httpx2.Limits(max_connections=concurrency),
             # a proxy cannot reach what is on this machine
             trust_env=not local,
@@ -103,21 +105,21 @@ class Client:
             ValueError: what ``read`` raises; a status that will not pass; or nothing usable after
                 all retries.
         """
+        found: dict[int, T] = {}
         stop = threading.Event()
-        pool = ThreadPoolExecutor(max(1, min(self._concurrency, len(bodies))))
+
+        def ask(i: int) -> None:
+            found[i] = self._ask("POST", path, bodies[i], lambda answer: read(i, answer), stop)
+
+        # its threads are daemons: after an error, or Ctrl-C, nobody waits for those under way
+        pool = ThreadPool(max(1, min(self._concurrency, len(bodies))))
         try:
-            futures = [
-                pool.submit(self._ask, "POST", path, body, lambda x, i=i: read(i, x), stop)
-                for i, body in enumerate(bodies)
-            ]
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-            return [future.result() for future in futures]
+            for _ in pool.imap_unordered(ask, range(len(bodies))):
+                pass
         finally:
-            # after an error nobody waits for the others
             stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.terminate()
+        return [found[i] for i in range(len(bodies))]
 
     def _ask(
         self,
@@ -138,7 +140,7 @@ class Client:
             try:
                 status, headers, content = self._send(method, path, body)
                 if 200 <= status < 300:
-                    return read(_decoded(content))
+                    return self._read(read, _decoded(content))
                 why = f"status {status}{self._said(content)}"
                 if status not in _RETRIED:
                     raise ValueError(f"{self.name}: {why}{self._hint(status)}")
@@ -152,6 +154,12 @@ class Client:
             pause = max(asked, wide * self._random.uniform(0.5, 1))
         times = f"{self._retries + 1} attempts" if self._retries else "one attempt"
         raise ValueError(f"{self.name}: {why}, after {times}; is the server up and the url right?")
+
+    def _read(self, read: Callable[[Any], T], answer: Any) -> T:
+        try:
+            return read(answer)
+        except ValueError as error:
+            raise ValueError(self.hidden(str(error))) from None
 
     def _send(self, method: str, path: str, body: dict | None) -> tuple[int, Any, bytes]:
         start = time.monotonic()
@@ -180,6 +188,8 @@ class Client:
                 f"{self.name}: its certificate is not trusted ({text}); SSL_CERT_FILE names "
                 "further authorities"
             ) from None
+        if isinstance(error, httpx2.ConnectTimeout):
+            return "no connection in time"
         if isinstance(error, httpx2.TimeoutException):
             return f"no answer within {self._timeout:g} s"
         if isinstance(error, httpx2.ConnectError):
@@ -207,11 +217,14 @@ class Client:
         return ""
 
     def _scrubbed(self, text: str) -> str:
-        """One short line that holds no key: servers may say it back."""
-        if self._key:
-            text = text.replace(self._key, "***")
-        line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+        """One short line, without the key."""
+        printable = "".join(c if c.isprintable() else " " for c in self.hidden(text))
+        line = " ".join(printable.split())
         return line if len(line) <= 200 else line[:200] + "..."
+
+    def hidden(self, text: str) -> str:
+        """A text of the server's without the key, which it may say back."""
+        return text.replace(self._key, "***") if self._key else text
 
     def _count(self, name: str) -> None:
         with self._lock:

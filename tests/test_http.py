@@ -192,3 +192,31 @@ def test_the_library_s_own_line_a_request_is_not_shown(server, caplog):
     judge(server)(*PAIRS)
     assert not caplog.records
     assert httpx2.__name__ in logging.root.manager.loggerDict
+
+
+def test_a_failure_does_not_wait_for_who_is_slow():
+    """One request is refused while another would take as long as it may."""
+    late = threading.Event()
+
+    def half(path, body):
+        if serving.texts_of(body)[1].startswith("slow"):
+            late.wait(20)
+        return chat("A")
+
+    with serving.serve(half) as server:
+        asked = judge(server, both_orders=False, retries=0, concurrency=2)
+        server.faults[:] = [None, 400]
+        start = time.monotonic()
+        with pytest.raises(ValueError, match="status 400"):
+            asked(["x", "x"], ["slow", "slow "], ["b", "b"])
+        assert time.monotonic() - start < 5
+        late.set()
+
+
+def test_a_server_that_calls_its_model_by_the_key(server, monkeypatch):
+    monkeypatch.setenv("NLHF_TEST_KEY", KEY)
+    server.answer = lambda path, body: serving.models(KEY, "other")
+    asked = judge(server, model="", api_key_env="NLHF_TEST_KEY")
+    with pytest.raises(ValueError, match=r"serves 2 models \(\*\*\*, other\)") as error:
+        asked(*PAIRS)
+    assert KEY not in str(error.value)

@@ -173,7 +173,7 @@ class HTTPJudge:
         self._counts["hits"] += len(asked) - len(open_)
         self._counts["misses"] += len(open_)
         # a second time with another seed, for an answer that was unclear
-        for attempt in range(2):
+        for attempt in range(2 if open_ else 0):
             bodies = [self._body(*asked[k], attempt) for k in open_]
             answers = self._client.post("/chat/completions", bodies, self._keeper(keys, open_))
             unclear = [k for k, p in zip(open_, answers, strict=True) if p is None]
@@ -230,13 +230,13 @@ class HTTPJudge:
 
     def _only_model(self, answer: Any) -> str:
         models = http.pick(answer, "data")
-        names = [http.pick(model, "id") for model in models] if isinstance(models, list) else []
+        names = [str(http.pick(model, "id")) for model in http.listed(models)]
         if len(names) != 1:
             raise ValueError(
-                f"{self._client.name}: serves {len(names)} models ({', '.join(map(str, names[:5]))}"
+                f"{self._client.name}: serves {len(names)} models ({', '.join(names[:5])}"
                 "); name one in the judge's file (model: ...)"
             )
-        return str(names[0])
+        return self._client.hidden(names[0])
 
 
 def verdict(answer: Any) -> float | None:
