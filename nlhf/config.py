@@ -72,7 +72,7 @@ class Config:
     server: str = ""
     """url of an inference server that draws the responses of the policy; "": they are drawn here"""
     server_engine: str = "vllm"
-    """its protocol: vllm (completions as OpenAI has them, with token ids) or sglang (its own)"""
+    """vllm or sglang; both are asked for OpenAI's completions, sglang only if url ends in /v1"""
     server_model: str = ""
     """name of the model, or adapter, on the server; "": what it serves"""
     server_key_env: str = ""

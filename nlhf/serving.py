@@ -55,8 +55,9 @@ def exact(logprobs: str, sampling: Sampling) -> bool:
 class Server:
     """An inference server.
 
-    url: where it listens; "vllm" is asked at /v1/completions, as are others that speak OpenAI's
-        protocol and return token ids; "sglang" at its own /generate.
+    url: where it listens. It is asked at /v1/completions, as is any server that speaks OpenAI's
+        protocol and returns token ids; "sglang" at its own /generate unless the url ends in /v1.
+    engine: "vllm" or "sglang".
     model: its name there (of an adapter for example); "": whatever is served.
     logprobs: what its log-probabilities are of (``LOGPROBS``); "": the engine's default. vLLM
         gives "processed" ones when it is started with --logprobs-mode processed_logprobs.
@@ -84,6 +85,7 @@ class Server:
             )
         self.engine, self.model, self.logprobs = engine, model, logprobs
         root = url.rstrip("/").removesuffix("/v1")
+        self.native = engine == "sglang" and root == url.rstrip("/")
         self.client = http.Client(root, name="server", **{"timeout": 600.0} | connection)
 
     def complete(
@@ -125,10 +127,9 @@ class Server:
         samples = torch.arange(n_samples, device=device)
         folded = (nk.fold_in(seeds[:, None], samples) & _SEEDS).tolist()
         asked = [(prompts[p], folded[p][k]) for p in range(P) for k in range(n_samples)]
-        ask, path, parse = {
-            "vllm": (self._completions, "/v1/completions", _from_completions),
-            "sglang": (self._generate, "/generate", _from_generate),
-        }[self.engine]
+        ask, path, parse = self._completions, "/v1/completions", _from_completions
+        if self.native:
+            ask, path, parse = self._generate, "/generate", _from_generate
 
         def read(i: int, answer: Any) -> Row:
             row = parse(answer, asked[i][0])
@@ -170,6 +171,8 @@ class Server:
             "include_stop_str_in_output": True,
             "skip_special_tokens": False,
         }
+        if self.engine == "sglang":
+            body["no_stop_trim"] = True
         return body | ({"model": self.model} if self.model else {})
 
     def _generate(self, prompt: list[int], seed: int, sampling: Sampling) -> dict:
@@ -273,6 +276,10 @@ def _from_completions(answer: Any, prompt: list[int]) -> Row:
     for holder in (choice, answer):
         _check_prompt(holder.get("prompt_token_ids"), prompt)
     given = http.listed(http.pick(logprobs, "token_logprobs"))
+    matched = choice.get("matched_stop")
+    if isinstance(matched, int) and len(http.listed(tokens)) == len(given) - 1:
+        # SGLang may cut the end token off the ids, and says beside them which it was
+        tokens = [*tokens, matched]
     return _row(tokens, given, http.pick(choice, "finish_reason"))
 
 

@@ -35,11 +35,12 @@ class Server(ThreadingHTTPServer):
         self.faults: list = []
         self.seen: list[tuple[str, dict, dict]] = []
         self.lock = threading.Lock()
+        self.suffix = "/v1"
         self.at_once = self.most_at_once = 0
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
+        return f"http://127.0.0.1:{self.server_port}{self.suffix}"
 
     def bodies(self) -> list[dict]:
         return [body for _, _, body in self.seen]

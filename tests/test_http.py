@@ -56,7 +56,9 @@ def test_a_server_that_asks_for_a_day_does_not_get_it(server, monkeypatch):
 def test_a_fault_that_stays_is_one_line_and_an_end(server, fault):
     server.faults[:] = [fault] * 20
     asked = judge(server, retries=1, timeout=0.2, concurrency=1, both_orders=False)
-    with pytest.raises(ValueError, match=rf"judge {server.url}: .*, after 2 attempts") as error:
+    with pytest.raises(
+        ValueError, match=rf"judge {server.url}, model toy: .*, after 2 attempts"
+    ) as error:
         asked(["x"], ["a"], ["b"])
     assert "\n" not in str(error.value)
     assert len(server.seen) == 2
@@ -93,7 +95,9 @@ def test_nobody_there():
     with serving.serve(opinion) as server:
         url = server.url
     asked = HTTPJudge(JudgeConfig(url=url, model="m", retries=1, backoff=0.001))
-    with pytest.raises(ValueError, match=rf"judge {url}: no connection .*, after 2 attempts"):
+    with pytest.raises(
+        ValueError, match=rf"judge {url}, model m: no connection .*, after 2 attempts"
+    ):
         asked(["x"], ["a"], ["b"])
 
 

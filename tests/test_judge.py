@@ -143,7 +143,9 @@ def test_an_answer_that_is_none_is_asked_for_again_and_then_an_error(answer):
         verdict(answer)
     with serving.serve(lambda path, body: answer) as server:
         asked = judge(server, retries=2, both_orders=False)
-        with pytest.raises(ValueError, match=rf"judge {server.url}: an? .*, after 3 attempts"):
+        with pytest.raises(
+            ValueError, match=rf"judge {server.url}, model toy: an? .*, after 3 attempts"
+        ):
             asked(["x"], ["y"], ["z"])
     assert len(server.seen) == 3
 
@@ -255,7 +257,7 @@ def test_an_unclear_answer_is_asked_again_and_then_decided_as_was_said(tmp_path)
         assert asked.stats["hits"] == 1
         # another seed, or the same would come
         assert [body["seed"] for body in server.bodies()] == [0, 1] * 3
-        with pytest.raises(ValueError, match=f"model {serving.MODEL}: .* neither A nor B, twice"):
+        with pytest.raises(ValueError, match=f"model {serving.MODEL}: .*neither A nor B, twice"):
             judge(server)(["x"], ["a"], ["b"])
 
 

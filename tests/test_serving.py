@@ -15,14 +15,21 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 EOS = (2, *range(30, 38))
 ASKED = {"max_new_tokens": 6, "end_tokens": EOS, "pad_token_id": 0, "seed": 3}
-ENGINES = [("vllm", "processed"), ("vllm", "raw"), ("sglang", "scaled")]
+# engine, what its log-probabilities are of, and the end of the url: SGLang has two ways in
+ENGINES = [
+    ("vllm", "processed", "/v1"),
+    ("vllm", "raw", ""),
+    ("sglang", "scaled", ""),
+    ("sglang", "scaled", "/v1"),
+]
 
 
 @pytest.fixture(params=ENGINES, ids=lambda x: "-".join(x))
 def served(request):
     """A server, and how it is asked."""
-    engine, logprobs = request.param
+    engine, logprobs, suffix = request.param
     with local.serve(local.Engine(tiny.llama(), logprobs=logprobs)) as server:
+        server.suffix = suffix
         yield server, {"engine": engine, "logprobs": logprobs, "backoff": 0.001}
 
 
@@ -78,7 +85,7 @@ def test_requests_carry_ids_and_every_setting(served):
         assert {name: told[name] for name in chosen} == chosen
         assert told["stop_token_ids"] == list(EOS)
         assert told["repetition_penalty"] == 1.0
-        if asked["engine"] == "vllm":
+        if asked["engine"] == "vllm" or server.suffix:
             assert path == "/v1/completions"
             assert body["prompt"] in prompts
             assert (body["max_tokens"], body["model"], body["n"]) == (6, "adapter", 1)
@@ -230,6 +237,7 @@ GOOD = [[-1.0, 5, None], [-2.0, 6, None], [-0.5, 2, None]]
 def test_an_answer_that_lacks_or_contradicts_is_refused(engine, answer, match):
     ids, mask = tiny.prompts([3])
     with local.serve(lambda path, body: answer) as server:
+        server.suffix = ""
         host = serving.Server(server.url, engine=engine, retries=1, backoff=0.001)
         sampling = serving.Sampling((2,), 6)
         asked = {"seeds": torch.tensor([1]), "pad_token_id": 0, "vocabulary": 53}
@@ -241,8 +249,11 @@ def test_an_answer_that_lacks_or_contradicts_is_refused(engine, answer, match):
 def test_an_answer_without_its_end_token_in_the_list_of_ids_is_whole():
     """SGLang cuts it off for the text; the log-probabilities keep it."""
     ids, mask = tiny.prompts([3])
-    for answer in (generated(GOOD, output_ids=[5, 6]), [generated(GOOD)]):
+    cut = completion(token_ids=[5, 6], matched_stop=2)
+    answers = (generated(GOOD, output_ids=[5, 6]), ""), ([generated(GOOD)], ""), (cut, "/v1")
+    for answer, suffix in answers:
         with local.serve(lambda path, body, answer=answer: answer) as server:
+            server.suffix = suffix
             y = serving.complete(server.url, ids, mask, engine="sglang", **ASKED)
         assert y.tokens.tolist() == [[5, 6, 2]]
         assert y.sampling_logprobs.tolist() == [[-1.0, -2.0, -0.5]]

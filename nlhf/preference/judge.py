@@ -135,7 +135,13 @@ class HTTPJudge:
         )
         self._cache = Cache(s.cache) if s.cache else None
         self._model = s.model
+        self._name()
         self._counts = collections.Counter(hits=0, misses=0, unclear=0)
+
+    def _name(self) -> None:
+        """Errors name the model too."""
+        if self._model:
+            self._client.name += f", model {self._model}"
 
     @property
     def stats(self) -> dict[str, int]:
@@ -166,6 +172,7 @@ class HTTPJudge:
         s = self.settings
         if pairs and not self._model:
             self._model = self._client.get("/models", self._only_model)
+            self._name()
         asked = [(pair, i) for pair in pairs for i in range(s.samples)]
         keys = [self._key(*pair, i) for pair, i in asked]
         known = self._cache.read(keys) if self._cache else {}
@@ -182,7 +189,7 @@ class HTTPJudge:
             open_ = unclear
         if open_ and s.on_unclear == "error":
             raise ValueError(
-                f"{self._client.name}, model {self._model}: an answer is neither A nor B, twice; "
+                f"{self._client.name}: an answer is neither A nor B, twice; "
                 "make the template clearer, or set on_unclear: half"
             )
         for k in open_:
