@@ -259,6 +259,9 @@ def _check_server(config: Config, algorithm: Algorithm) -> None:
             "config: server draws the responses of the policy, and the algorithm "
             f"{config.algorithm} learns from those of {algorithm.sampler}; leave server out"
         )
+    if config.server:
+        # what is wrong with it is known before a model is read
+        serving.from_config(config)
     if config.importance == "none":
         return
     if algorithm.loss != "pg" or config.kl == "exact":

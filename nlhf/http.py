@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import email.utils
+import functools
 import ipaddress
 import json
 import logging
@@ -80,9 +81,7 @@ class Client:
         self._random = random.Random()
         local = _loopback(parsed.host)
         if self._key and parsed.scheme == "http" and not local:
-            logging.getLogger(__name__).warning(
-                "%s: the key crosses the network unencrypted; use https", self.name
-            )
+            _warn(self.name)
         self._http = httpx2.Client(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx2.Timeout(timeout, connect=min(timeout, _LONGEST_CONNECT), pool=None),
@@ -295,6 +294,14 @@ def _key(variable: str, name: str) -> str:
     if not re.fullmatch(r"[\x21-\x7e]+", key):
         raise ValueError(f"{name}: what the environment variable {variable} holds is not a key")
     return key
+
+
+@functools.cache
+def _warn(name: str) -> None:
+    """Once for each server."""
+    logging.getLogger(__name__).warning(
+        "%s: the key crosses the network unencrypted; use https", name
+    )
 
 
 def _loopback(host: str) -> bool:

@@ -18,6 +18,7 @@ from nlhf.rollout import Completion, Pair
 LEVELS = ("token", "sequence")
 # e to this is far from the largest float64, also when it is squared and summed
 _LARGEST = 300.0
+_TINY = 1e-300
 
 
 class ImportanceWeights(NamedTuple):
@@ -220,11 +221,13 @@ def metrics(results: Sequence[Any], level: str, filtered: bool) -> dict[str, flo
     if filtered:
         outside = (1 - ratios.mean()).clamp(min=0)
         bound = bound + outside * torch.cat([result.sizes for result in found]).max()
+    # where no weight is left the sample size is 0
+    squares = used.square().sum().clamp(min=_TINY)
     return {
         "importance_mean": used.mean().item(),
         "importance_max": raw.max().item(),
         "importance_truncated": (raw > used).double().mean().item(),
-        "importance_ess": (used.sum().square() / used.square().sum() / len(used)).item(),
+        "importance_ess": (used.sum().square() / squares / len(used)).item(),
         "importance_bias_bound": bound.item(),
     }
 

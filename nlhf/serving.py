@@ -340,11 +340,12 @@ def _check_prompt(used: Any, prompt: list[int]) -> None:
 def _check(row: Row, sampling: Sampling, vocabulary: int | None) -> None:
     """ValueError unless the row is a response as it was asked for."""
     n, most = len(row.tokens), sampling.max_new_tokens
-    wrong = [t for t in row.tokens if t < 0 or (vocabulary is not None and t >= vocabulary)]
+    limit = 2**31 if vocabulary is None else vocabulary
+    wrong = [t for t in row.tokens if not 0 <= t < limit]
     if wrong:
         raise ValueError(
-            f"serving: a token id must be in [0, {vocabulary}), got {wrong[0]}; does the server "
-            "have another model?"
+            f"serving: a token id must be in [0, {limit}), got {wrong[0]}; does the server have "
+            "another model?"
         )
     if not 0 < n <= most:
         raise ValueError(f"serving: asked for 1 to {most} tokens, the server gives {n}")

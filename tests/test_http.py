@@ -145,6 +145,7 @@ def test_a_key_that_cannot_be_is_an_error_that_does_not_show_it(monkeypatch):
 
 
 def test_a_key_in_the_clear_is_warned_of_but_on_this_machine(server, monkeypatch, caplog):
+    http._warn.cache_clear()
     monkeypatch.setenv("NLHF_TEST_KEY", KEY)
     judge(server, api_key_env="NLHF_TEST_KEY")
     assert not caplog.records

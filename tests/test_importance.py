@@ -336,6 +336,19 @@ def test_metrics_of_a_step_are_those_of_its_micro_batches_together():
     )
 
 
+def test_weights_that_have_all_vanished_are_no_sample():
+    model, ref = tiny.llama(), tiny.llama(seed=1)
+    pair, preference = made(model, ref)
+    y = pair.y
+    far = importance.weights(
+        y.policy_logprobs - 1000, y.policy_logprobs, y.mask, level="sequence", cap=2.0
+    )
+    result = importance.corrected_pg(model, ref, pair, preference, importance=far, tau=0.1)
+    assert result.loss == 0
+    found = importance.metrics([result], "sequence", False)
+    assert found["importance_ess"] == found["importance_mean"] == 0
+
+
 def test_bad_input_is_refused_in_one_line():
     x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
     good = {"level": "token", "cap": 2.0}
@@ -373,5 +386,9 @@ def test_a_configuration_that_cannot_be_corrected_is_refused():
     ):
         with pytest.raises(ValueError, match=match):
             check(config.Config(**base | changes))
+    with pytest.raises(ValueError, match=r"server: url must be http\(s\)://"):
+        check(config.Config(server="somewhere:8000"))
+    with pytest.raises(ValueError, match="NLHF_NO_SUCH_KEY holds no key"):
+        check(config.Config(server="http://x", server_key_env="NLHF_NO_SUCH_KEY"))
     with pytest.raises(ValueError, match="learns from those of previous"):
         check(config.Config(server="http://x", algorithm="inpo", tau=0.1, eta=0.2, inner_steps=2))
