@@ -169,7 +169,7 @@ def test_the_bias_of_the_cap_is_within_its_bound(distance, cap, kl):
     bound = probability @ gaps
     assert bias <= bound + 1e-12
     # which is no empty one
-    assert bound < 20 * bias + 1e-12
+    assert bound < 4 * bias + 1e-12
     # and the largest size times the mass that is cut off bounds that
     ratios = torch.cat([result.importance.ratios for result in results])
     sizes = torch.cat([result.sizes for result in results])

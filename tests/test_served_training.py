@@ -170,6 +170,28 @@ def test_a_stale_server_is_corrected(folder, tmp_path):  # noqa: F811
     assert not any(name.startswith("importance") for name in plain)
 
 
+@pytest.mark.parametrize(("algorithm", "both"), [("self_play", True), ("nash_md_pg", False)])
+def test_where_the_server_draws_both_the_pair_is_weighted(folder, tmp_path, algorithm, both):  # noqa: F811
+    stale = tiny.llama(seed=0, dtype=torch.float32)
+    with torch.no_grad():
+        stale.lm_head.weight.add_(0.05 * torch.randn(stale.lm_head.weight.shape))
+    with local.serve(local.Engine(stale, logprobs="raw")) as server:
+        changes = {"algorithm": algorithm, "server": server.url, "importance": "sequence"}
+        # another reference, so that a mixture with it is not the policy
+        tiny.llama(seed=1, dtype=torch.float32).save_pretrained(tmp_path / "ref")
+        changes["ref"] = str(tmp_path / "ref")
+        pieces, row, _ = step_gradient(folder, tmp_path, "a", **changes)
+        learn = learner.Learner(pieces)
+        ids = learner.prompt_ids(0, 0, 8, len(pieces.prompts))
+        prompts = [pieces.prompts[i % len(pieces.prompts)] for i in ids]
+        pair, _ = learn.generate(learn.algorithm.phases[0], prompts, ids, 0)
+    logs = [(y.policy_logprobs - y.sampling_logprobs).sum(-1) for y in (pair.y, pair.y_other)]
+    ratios = (logs[0] + both * logs[1]).exp()
+    assert row["importance_max"] == pytest.approx(float(ratios.max()), rel=1e-4)
+    assert row["importance_mean"] == pytest.approx(float(ratios.clamp(max=2).mean()), rel=1e-4)
+    assert logs[1].abs().max() > 0.01
+
+
 def test_a_run_may_go_on_with_a_server_somewhere_else(folder, tmp_path, engine):  # noqa: F811
     chosen = settings(
         folder, tmp_path / "run", server=engine.url, steps=2, eval_every=0, eval_prompts=""
