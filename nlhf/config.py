@@ -30,7 +30,7 @@ class Config:
     eval_prompts: str = ""
     """held-out prompts for the report; "": no report at the end"""
     preference: str = ""
-    """folder of a saved preference or reward model, or "module:function" of our protocol"""
+    """folder of a preference or reward model, "module:function", or YAML file or url of a judge"""
     judge: str = ""
     """a second preference model that only judges, like preference; "": the first one judges"""
     output: str = "runs/nlhf"
@@ -70,6 +70,25 @@ class Config:
     """keep tokens of at least this share of the maximum; 0: all. A filter biases the gradient"""
     max_new_tokens: int = 64
     """longest completion, in tokens"""
+
+    server: str = ""
+    """url of an inference server that draws the responses of the policy; "": they are drawn here"""
+    server_engine: str = "vllm"
+    """vllm or sglang; both are asked for OpenAI's completions, sglang only if url ends in /v1"""
+    server_model: str = ""
+    """name of the model, or adapter, on the server; "": what it serves"""
+    server_key_env: str = ""
+    """environment variable that holds the server's key; "": no key"""
+    server_logprobs: str = ""
+    """its log-probabilities: raw, scaled (by temperature), processed; "": the engine's default"""
+    server_concurrency: int = 64
+    """requests to the server at once"""
+    server_timeout: float = 600.0
+    """seconds for an answer of the server"""
+    importance: str = "none"
+    """weights of policy gradients for what another distribution drew: none, token or sequence"""
+    importance_cap: float = 2.0
+    """the largest importance weight, at least 1"""
 
     steps: int = 100
     """optimiser steps"""
@@ -156,6 +175,9 @@ _LIMITS = (
     ("top_p", _TINY, 1, "in (0, 1]"),
     ("min_p", 0, 1, "in [0, 1]"),
     ("max_new_tokens", 1, math.inf, "at least 1"),
+    ("server_concurrency", 1, 4096, "in 1 to 4096"),
+    ("server_timeout", 1e-3, 1e6, "above 0 and finite"),
+    ("importance_cap", 1, math.inf, "at least 1"),
     ("steps", 0, math.inf, "at least 0"),
     ("batch_size", 1, math.inf, "at least 1"),
     ("micro_batch_size", 0, math.inf, "at least 0"),
@@ -178,6 +200,9 @@ _CHOICES = {
     "kl": ("reward_to_go", "sequence", "token", "exact"),
     "head": ("auto", "fused", "logits"),
     "optimizer": ("adamw", "adamw_8bit"),
+    "server_engine": ("vllm", "sglang"),
+    "server_logprobs": ("", "raw", "scaled", "processed"),
+    "importance": ("none", "token", "sequence"),
     "dtype": ("float32", "bfloat16", "float64"),
     "copies_dtype": ("", "float32", "bfloat16", "float64"),
     "gather": ("model", "layer"),

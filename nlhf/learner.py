@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import nlhf_kernels as nk
-from nlhf import algorithms, engines, losses, memory, optimizers, parts
+from nlhf import algorithms, engines, importance, losses, memory, optimizers, parts, serving
 from nlhf.algorithms import Phase
 from nlhf.parts import Parts, plain
 from nlhf.players import Players, trainable
@@ -137,6 +137,7 @@ class Learner:
             "grad_norm": norm.item(),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "tokens_per_second": total["drawn"] / sum(clock.seconds.values()),
+            **self._of_weights(results),
             **{f"seconds_{phase}": seconds for phase, seconds in clock.seconds.items()},
         }
 
@@ -162,7 +163,7 @@ class Learner:
             models = {id(side.model): side.model for side in sides}
             stack.enter_context(self.engine.decoding(*models.values(), self.parts.ref))
             how = {"check": step == 0, "together": self.engine.together}
-            pair, judges = self.parts.generate(prompts, sides, draw, **how)
+            pair, judges = self.parts.generate(prompts, sides, draw, served=bool(c.server), **how)
         return pair, judges
 
     def prefer(
@@ -229,17 +230,17 @@ class Learner:
         names = [name for name, _ in phase.anchors]
         if a.loss == "pg":
             anchored = dict(zip(names, strengths, strict=True))
-            return losses.nash_md_pg(
-                self.engine.policy,
-                self.parts.ref,
-                pair,
-                wins,
-                tau=anchored.pop("ref", 0.0),
-                temperature=c.temperature,
-                kl=c.kl,
-                anchors=[(self._logprobs(n, pair, pair.y), w) for n, w in anchored.items()],
+            settings = {
+                "tau": anchored.pop("ref", 0.0),
+                "temperature": c.temperature,
+                "kl": c.kl,
+                "anchors": [(self._logprobs(n, pair, pair.y), w) for n, w in anchored.items()],
                 **self._forward,
-            )
+            }
+            loss = losses.nash_md_pg
+            if c.importance != "none":
+                loss, settings["importance"] = importance.corrected_pg, self._weights(pair)
+            return loss(self.engine.policy, self.parts.ref, pair, wins, **settings)
         both = (pair.y, pair.y_other)
         parameters = {name: getattr(c, name) for name in nk.PAIR_METHODS[a.loss].parameters}
         if not nk.PAIR_METHODS[a.loss].anchors:
@@ -255,6 +256,27 @@ class Learner:
             **self._forward,
             **parameters,
         )
+
+    def _weights(self, pair: Pair) -> importance.ImportanceWeights:
+        c, y = self.parts.config, pair.y
+        # only what a server drew comes without the mass that was kept: y' too is the policy's then
+        other = pair.y_other if pair.y_other.log_kept_mass is None else None
+        return importance.weights(
+            y.policy_logprobs,
+            y.sampling_logprobs,
+            y.mask,
+            level=c.importance,
+            cap=c.importance_cap,
+            other=other,
+        )
+
+    def _of_weights(self, results: list) -> dict[str, float]:
+        c = self.parts.config
+        if c.importance == "none":
+            return {}
+        # of all processes, without their graphs
+        everybody = self.world.gather([r._replace(loss=r.loss.detach()) for r in results])
+        return importance.metrics(everybody, c.importance, serving.sampling(c, ()).filtered)
 
     def _logprobs(self, name: str, pair: Pair, completion: Completion) -> Tensor:
         """Of y or y' under an anchor."""

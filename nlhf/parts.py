@@ -1,6 +1,7 @@
 """What a run is made of: models, tokenizer, prompts, preference and judge."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 import nlhf_kernels as nk
-from nlhf import data, policy, preference, rollout
+from nlhf import data, losses, policy, preference, rollout, serving
 from nlhf.config import Config
 from nlhf.distributed import ALONE, World, engine_name, join
 
@@ -40,6 +41,10 @@ class Parts:
     def end_tokens(self) -> list[int]:
         return end_tokens(self.policy, self.tokenizer)
 
+    @functools.cached_property
+    def server(self) -> serving.Server:
+        return serving.from_config(self.config)
+
     def generate_pair(self, prompts: list, seeds: Tensor, policy=None, **settings) -> rollout.Pair:
         """y of a policy and y' of its mixture; ``settings`` override those of the configuration."""
         policy = self.policy if policy is None else policy
@@ -48,9 +53,18 @@ class Parts:
         return self.generate(prompts, sides, seeds, **settings)[0]
 
     def generate(
-        self, prompts: list, sides: list[rollout.Side], seeds: Tensor, **settings
+        self,
+        prompts: list,
+        sides: list[rollout.Side],
+        seeds: Tensor,
+        *,
+        served: bool = False,
+        **settings,
     ) -> tuple[rollout.Pair, list[rollout.Completion]]:
-        """y and y' of the first two sides for each prompt, and the responses of the other sides."""
+        """y and y' of the first two sides for each prompt, and the responses of the other sides.
+
+        ``served``: those of the policy without a mixture come from the server.
+        """
         c = self.config
         chosen = {
             "max_new_tokens": c.max_new_tokens,
@@ -62,8 +76,34 @@ class Parts:
             "pad_token_id": self.tokenizer.pad_token_id,
         }
         ids = self.encode(prompts)
-        y, y_other, *more = rollout.generate(sides, self.ref, *ids, seed=seeds, **chosen | settings)
+        elsewhere = [served and x.model is self.policy and not x.mixture_coef for x in sides]
+        here = [side for side, there in zip(sides, elsewhere, strict=True) if not there]
+        drawn = iter(())
+        if here:
+            drawn = iter(rollout.generate(here, self.ref, *ids, seed=seeds, **chosen | settings))
+        y, y_other, *more = [
+            self._served(ids, nk.fold_in(seeds, s), side.n_samples) if elsewhere[s] else next(drawn)
+            for s, side in enumerate(sides)
+        ]
         return rollout.Pair(*ids, y, y_other), more
+
+    def _served(self, ids: tuple[Tensor, Tensor], seeds: Tensor, n: int) -> rollout.Completion:
+        """The server's responses, with what the policy and the reference say of them now."""
+        y = self.server.complete(
+            *ids,
+            serving.sampling(self.config, self.end_tokens()),
+            seeds=seeds,
+            n_samples=n,
+            pad_token_id=self.tokenizer.pad_token_id,
+            vocabulary=policy.vocabulary(self.policy),
+        )
+        pair = rollout.Pair(*(x.repeat_interleave(n, 0) for x in ids), y, y)
+        c, rows = self.config, torch.arange(len(pair.input_ids), device=pair.input_ids.device)
+        pieces = [pair.rows(index) for index in rows.split(c.micro_batch_size or len(rows))]
+        how = {"head": c.head, "packing": c.packing}
+        scores = [losses.score(self.policy, self.ref, x, x.y, c.temperature, **how) for x in pieces]
+        own, ref = map(torch.cat, zip(*scores, strict=True))
+        return dataclasses.replace(y, policy_logprobs=own, ref_logprobs=ref)
 
 
 def encode(tokenizer, prompts: list, device: torch.device) -> tuple[Tensor, Tensor]:
