@@ -11,6 +11,7 @@ from torch import Tensor
 import nlhf_kernels as nk
 from nlhf import losses
 from nlhf.parts import Parts, plain, seeds
+from nlhf.tracking import Sample
 
 QUICK, REPORT = -1, -2
 _BATCH = 64
@@ -33,16 +34,21 @@ def _grams(words: list[str], n: int):
     return itertools.zip_longest(*(words[i : len(words) - n + 1 + i] for i in range(n)))
 
 
-def quick(parts: Parts) -> dict[str, float]:
-    """The training preference against the reference, and the KL, on a few held-out prompts."""
+def quick(parts: Parts) -> tuple[dict[str, float], list[Sample]]:
+    """The training preference against the reference, and the KL, on a few held-out prompts.
+
+    Beside the figures, everything that was drawn for them.
+    """
     prompts = parts.eval_prompts[: parts.config.eval_samples]
     ids = list(range(len(prompts)))
     draw = seeds(parts.config.seed, QUICK, ids, parts.device)
     with torch.no_grad():
         pair = parts.generate_pair(prompts, draw, mixture_coef=1.0)
-        wins = parts.preference(plain(prompts), parts.decode(pair.y), parts.decode(pair.y_other))
+        texts = [plain(prompts), parts.decode(pair.y), parts.decode(pair.y_other)]
+        wins = parts.preference(*texts)
     kl = (pair.y.policy_logprobs - pair.y.ref_logprobs).sum(-1)
-    return {"preference_vs_ref": wins.mean().item(), "kl_eval": kl.mean().item()}
+    figures = {"preference_vs_ref": wins.mean().item(), "kl_eval": kl.mean().item()}
+    return figures, [Sample(*row) for row in zip(*texts, wins.tolist(), strict=True)]
 
 
 @torch.no_grad()

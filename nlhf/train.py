@@ -2,23 +2,29 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
-import logging
-import math
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-from nlhf import algorithms, checkpoint, config, diagnosis, evaluate, parts, plots, policy
+from nlhf import (
+    algorithms,
+    checkpoint,
+    config,
+    diagnosis,
+    evaluate,
+    parts,
+    plots,
+    policy,
+    tracking,
+)
 from nlhf.config import Config
 from nlhf.learner import Learner
 
 # what may differ between a run and its continuation: none of it changes the weights
 _FREE = {"output", "device", "eval_every", "eval_samples", "report_samples"}
 _FREE |= {"checkpoint_every", "keep_checkpoints", "gradient_checkpointing"}
+_FREE |= {"report_to", "push_to_hub", "hub_private"}
 
 
 def run(settings: Config, resume: bool = False) -> dict:
@@ -37,6 +43,7 @@ def run(settings: Config, resume: bool = False) -> dict:
     """
     output = Path(settings.output)
     algorithms.check(settings)
+    tracking.trackers(settings.report_to)
     _claim(output, settings, resume)
     pieces = parts.build(settings)
     learner = Learner(pieces)
@@ -46,14 +53,16 @@ def run(settings: Config, resume: bool = False) -> dict:
     saved = checkpoint.complete(output / "checkpoints")
     done = checkpoint.load(saved[-1], learner) if saved else 0
     metrics = _keep_metrics(output / "metrics.jsonl", done)
+    _keep_metrics(output / "samples.jsonl", done)
     found = diagnosis.history(metrics, settings)
-    with Log(output, settings.algorithm, done, settings.steps) as log:
+    with tracking.Log(output, settings, done) as log:
         for step in range(done, settings.steps):
-            row = learner.step(step)
+            row, samples = learner.step(step), []
             every = settings.eval_every
             if every and pieces.eval_prompts and (step + 1) % every == 0:
-                row |= evaluate.quick(pieces)
-            log(row)
+                figures, samples = evaluate.quick(pieces)
+                row |= figures
+            log(row, samples)
             metrics.append(row)
             for finding in diagnosis.diagnose(metrics, settings):
                 if finding.name not in {before.name for before in found}:
@@ -87,49 +96,6 @@ def _finish(learner: Learner, metrics: list[dict], output: Path, found: list) ->
     result["findings"] = [dataclasses.asdict(finding) for finding in found]
     evaluate.save(result, output)
     return result
-
-
-class Log:
-    """Metrics as JSON lines, as a progress bar, and for TensorBoard where it is installed."""
-
-    def __init__(self, output: Path, title: str, done: int, steps: int):
-        self._file = (output / "metrics.jsonl").open("a", encoding="utf-8")
-        self._bar = tqdm(total=steps, initial=done, desc=title, unit="step")
-        self._board = None
-        if importlib.util.find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(output / "tensorboard")
-        self._versus = math.nan
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._bar.close()
-        self._file.close()
-        if self._board:
-            self._board.close()
-
-    def __call__(self, row: dict[str, float]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        if self._board:
-            for name, value in row.items():
-                self._board.add_scalar(name, value, row["step"])
-        self._versus = row.get("preference_vs_ref", self._versus)
-        phases = {k.removeprefix("seconds_"): v for k, v in row.items() if "seconds_" in k}
-        self._bar.set_postfix_str(
-            f"P {row['preference']:.3f}, vs ref {self._versus:.3f}, KL {row['kl']:.2f}, "
-            f"entropy {row['entropy']:.2f}, {row['tokens_per_second']:.0f} tokens/s, "
-            + " ".join(f"{name} {seconds:.1f}s" for name, seconds in phases.items())
-        )
-        self._bar.update()
-
-    def warn(self, finding: diagnosis.Finding) -> None:
-        # above the bar, which is drawn again below it
-        with logging_redirect_tqdm():
-            logging.getLogger(__name__).warning("step %d: %s", finding.step, finding.text)
 
 
 def _claim(output: Path, settings: Config, resume: bool) -> None:

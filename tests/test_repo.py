@@ -50,7 +50,7 @@ LAYERS = [
 ]
 # nlhf, from the bottom: a module may import those of the lines above its own
 LOOP = [
-    ["names"],
+    ["names", "progress"],
     ["config", "data", "tabular"],
     ["preference"],
     ["preference_fit"],
@@ -65,7 +65,9 @@ LOOP = [
     ["parts"],
     ["learner"],
     ["checkpoint"],
+    ["tracking"],
     ["evaluate", "arena"],
+    ["model_card"],
     ["train"],
     ["experiments"],
     ["commands"],
