@@ -5,15 +5,38 @@ import logging
 import os
 import sys
 
-from nlhf.commands import algorithms, evaluate, fit_preference, reproduce, solve, train
+from nlhf.commands import (
+    algorithms,
+    evaluate,
+    generate,
+    info,
+    preference,
+    reproduce,
+    solve,
+    train,
+)
 
-COMMANDS = (algorithms, evaluate, fit_preference, reproduce, solve, train)
+COMMANDS = (train, preference, generate, evaluate, solve, reproduce, algorithms, info)
 EXIT_BAD_INPUT = 2
+
+
+class _OneLine(argparse.HelpFormatter):
+    """A command and what it does on one line, also those whose names are long."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog)
+        # argparse forgets the indentation of commands when it looks for the widest
+        names = [command.__name__.rpartition(".")[2] for command in COMMANDS]
+        self._action_max_length = 4 + max(map(len, names))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="nlhf", description="Nash learning from human feedback on transformers."
+        prog="nlhf",
+        description="Nash learning from human feedback on transformers.",
+        epilog="nlhf COMMAND --help says what a command does, with examples. Where to begin: "
+        "README.md, docs/choosing.md.",
+        formatter_class=_OneLine,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:

@@ -126,10 +126,11 @@ class Config:
     """seed of the prompts' order, of every draw and of the adapters"""
 
     def __post_init__(self):
-        _check(self, _LIMITS, _CHOICES)
+        check(self, _LIMITS, _CHOICES)
 
 
 _TINY = 1e-30
+DTYPES = ("float32", "bfloat16", "float64")
 _LIMITS = (
     ("mixture_coef", 0, 1, "in [0, 1]"),
     ("mixture_coef_last", -1, 1, "in [0, 1], or -1"),
@@ -163,8 +164,8 @@ _LIMITS = (
 _CHOICES = {
     "assets": ("", "quickstart"),
     "kl": ("reward_to_go", "sequence", "token", "exact"),
-    "dtype": ("float32", "bfloat16", "float64"),
-    "copies_dtype": ("", "float32", "bfloat16", "float64"),
+    "dtype": DTYPES,
+    "copies_dtype": ("", *DTYPES),
 }
 
 
@@ -219,7 +220,7 @@ class FitConfig:
     """seed of the pairs' order and of dropout"""
 
     def __post_init__(self):
-        _check(self, _FIT_LIMITS, _FIT_CHOICES)
+        check(self, _FIT_LIMITS, _FIT_CHOICES)
 
 
 _FIT_LIMITS = (
@@ -235,12 +236,13 @@ _FIT_LIMITS = (
 _FIT_CHOICES = {
     "kind": ("pairwise", "reward"),
     "pooling": ("last", "mean"),
-    "dtype": _CHOICES["dtype"],
+    "dtype": DTYPES,
 }
 BUILT_IN = (Path(__file__).parent / "configs", Path(__file__).parent / "recipes")
 
 
-def _check(config, limits: tuple, choices: dict) -> None:
+def check(config, limits: tuple, choices: dict) -> None:
+    """ValueError for a field outside (name, lowest, highest, what it must be), or its choices."""
     for name, low, high, wanted in limits:
         value = getattr(config, name)
         if not low <= value <= high:
@@ -299,8 +301,8 @@ def load(source: str, overrides: dict | None = None, kind: type = Config):
 def built_in(kind: type = Config) -> dict[str, Path]:
     """The files of the built-in configurations of a kind, by name."""
     paths = {path.stem: path for folder in BUILT_IN for path in folder.glob("*.yaml")}
-    fits = kind is FitConfig
-    return {name: paths[name] for name in sorted(paths) if name.endswith("-preference") == fits}
+    whose = {n: FitConfig if n.endswith("-preference") else Config for n in sorted(paths)}
+    return {name: paths[name] for name in whose if whose[name] is kind}
 
 
 def _read(source: str, kind: type) -> dict:
@@ -311,7 +313,7 @@ def _read(source: str, kind: type) -> dict:
     except OSError as error:
         raise ValueError(
             f"config: cannot read {source}: {error.strerror}{nearest(source, known)}; give a YAML "
-            f"file or one of: {', '.join(known)}"
+            f"file{' or one of: ' * bool(known)}{', '.join(known)}"
         ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         first = " ".join(str(error).split())
@@ -346,10 +348,10 @@ def _typed(name: str, value, kind: type, source: str):
     raise ValueError(f"config: {name} in {source} must be a {kind.__name__}, got {value!r}")
 
 
-def dump(config: Config | FitConfig) -> str:
+def dump(config) -> str:
     """Every field as YAML."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
-def save(config: Config | FitConfig, path: Path) -> None:
+def save(config, path: Path) -> None:
     path.write_text(dump(config), encoding="utf-8")

@@ -107,6 +107,14 @@ def _rows(parts: Parts, model, pair) -> dict[str, Tensor]:
 
 def table(result: dict) -> str:
     """The report as Markdown."""
+    lines = measures(result)
+    lines += ["", "| prompt | reference | trained |", "|---|---|---|"]
+    lines += [f"| {' | '.join(map(_cell, sample))} |" for sample in result["samples"]]
+    return "\n".join(lines) + "\n"
+
+
+def measures(result: dict) -> list[str]:
+    """The lines of the report that hold figures, and what the run noticed of itself."""
     before, after = result["reference"], result["trained"]
     win, same, kl = (result[k] for k in ("win_judge", "win_preference", "kl"))
     judge = "judge unseen in training" if result["judge_unseen"] else "which training used"
@@ -127,10 +135,7 @@ def table(result: dict) -> str:
     if "lexicon" in after:
         lines.append(f"| lexicon score | {before['lexicon']:.3f} | {after['lexicon']:.3f} |")
     found = result.get("findings", [])
-    lines += [""] * bool(found) + [f"* step {f['step']}: {f['text']}" for f in found]
-    lines += ["", "| prompt | reference | trained |", "|---|---|---|"]
-    lines += [f"| {' | '.join(map(_cell, sample))} |" for sample in result["samples"]]
-    return "\n".join(lines) + "\n"
+    return lines + [""] * bool(found) + [f"* step {f['step']}: {f['text']}" for f in found]
 
 
 def _pm(value: tuple[float, float], digits: int = 3) -> str:

@@ -148,6 +148,10 @@ def _assemble(config, device, prompts, eval_prompts, opinion, judge, lexicon) ->
     dtype = getattr(torch, config.dtype)
     code = {"trust_remote_code": config.trust_remote_code}
     tokenizer = policy.load_tokenizer(config.model, **code)
+    if config.apply_chat_template:
+        prompts, eval_prompts = data.as_messages(prompts), data.as_messages(eval_prompts)
+    elif not config.assets:
+        data.note_plain_prompts(prompts, tokenizer)
     model = policy.load_model(config.model, dtype, device, **code)
     ref = None
     if config.ref or not config.lora_r:

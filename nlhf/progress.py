@@ -82,13 +82,15 @@ class _Bar(RichProgress):
             MofNCompleteColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
+            # what a command prints is no part of the progress, and may go to a file
+            redirect_stdout=False,
         )
         self.text = ""
 
     def get_renderables(self):
         yield self.make_tasks_table(self.tasks)
         # the bar asks before it has a text of its own
-        yield Text(getattr(self, "text", ""), no_wrap=True, overflow="ellipsis")
+        yield Text(getattr(self, "text", ""))
 
 
 @contextlib.contextmanager

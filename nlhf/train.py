@@ -13,6 +13,7 @@ from nlhf import (
     config,
     diagnosis,
     evaluate,
+    model_card,
     parts,
     plots,
     policy,
@@ -40,10 +41,12 @@ def run(settings: Config, resume: bool = False) -> dict:
 
     Raises:
         ValueError: bad input; the output folder holds another run, or one without ``resume``.
+        model_card.PushError: the run is whole and saved, but not on the hub.
     """
     output = Path(settings.output)
     algorithms.check(settings)
     tracking.trackers(settings.report_to)
+    model_card.check_hub_name(settings.push_to_hub)
     _claim(output, settings, resume)
     pieces = parts.build(settings)
     learner = Learner(pieces)
@@ -73,7 +76,12 @@ def run(settings: Config, resume: bool = False) -> dict:
                 keep = settings.keep_checkpoints
                 folder = output / "checkpoints"
                 checkpoint.save(folder, step + 1, learner, keep)
-    return _finish(learner, metrics, output, found)
+    result = _finish(learner, metrics, output, found)
+    for folder in sorted(output.glob("model*")):
+        model_card.write(folder, settings, result)
+    if settings.push_to_hub:
+        model_card.push(output / "model", settings.push_to_hub, settings.hub_private)
+    return result
 
 
 def _finish(learner: Learner, metrics: list[dict], output: Path, found: list) -> dict:
