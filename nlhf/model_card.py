@@ -89,7 +89,7 @@ def card(settings: Config, result: dict) -> str:
         model_settings=_settings(settings),
         citation=citation(settings.algorithm),
     )
-    return str(made)
+    return f"{made}\n"
 
 
 def tags(algorithm: str) -> list[str]:

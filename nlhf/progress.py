@@ -20,15 +20,17 @@ class Progress(contextlib.AbstractContextManager):
 
     On a terminal it is a bar with the text below it, and what is logged or written to stderr in the
     meantime comes to stand above. Elsewhere (a file, a pipe) it is a line for the first and the
-    last unit, and one every ``INTERVAL`` seconds between them, without control characters.
+    last unit, and one every ``INTERVAL`` seconds between them, without control characters. With
+    ``show=False`` it is nothing at all.
     """
 
-    def __init__(self, title: str, total: int, done: int = 0):
+    def __init__(self, title: str, total: int, done: int = 0, *, show: bool = True):
         self._title, self._total, self._done, self._before = title, total, done, done
         self._start = self._last = time.monotonic()
+        self._show = show
         console = Console(file=sys.stderr)
         # what rich itself asks can be overridden by the environment, into a log file too
-        live = sys.stderr.isatty() and not console.is_dumb_terminal
+        live = show and sys.stderr.isatty() and not console.is_dumb_terminal
         self._bar = _Bar(console) if live else None
         self._task = self._bar.add_task(title, total=total, completed=done) if live else None
         self._stack = contextlib.ExitStack()
@@ -48,11 +50,11 @@ class Progress(contextlib.AbstractContextManager):
         self._done += count
         if self._bar:
             self._bar.text = text
-            self._bar.update(self._task, completed=self._done, refresh=True)
+            self._bar.update(self._task, completed=self._done)
             return
         now = time.monotonic()
         first, last = self._done - count == self._before, self._done >= self._total
-        if first or last or now - self._last >= INTERVAL:
+        if self._show and (first or last or now - self._last >= INTERVAL):
             self._last = now
             sys.stderr.write(self._line(now, text) + "\n")
             sys.stderr.flush()
@@ -64,9 +66,9 @@ class Progress(contextlib.AbstractContextManager):
         return f"{line}: {text}" if text else line
 
 
-def track(items: Iterable, title: str, total: int) -> Iterator:
+def track(items: Iterable, title: str, total: int, *, show: bool = True) -> Iterator:
     """The items, one unit each."""
-    with Progress(title, total) as progress:
+    with Progress(title, total, show=show) as progress:
         for item in items:
             yield item
             progress.advance()

@@ -181,9 +181,11 @@ class Log:
         self._progress.advance(text=self._text(row))
 
     def _text(self, row: dict[str, float]) -> str:
+        # not known before the first measurement
+        versus = "" if math.isnan(self._versus) else f"vs ref {self._versus:.3f}, "
         phases = {k.removeprefix("seconds_"): v for k, v in row.items() if "seconds_" in k}
         return (
-            f"P {row['preference']:.3f}, vs ref {self._versus:.3f}, KL {row['kl']:.2f}, "
+            f"P {row['preference']:.3f}, {versus}KL {row['kl']:.2f}, "
             f"entropy {row['entropy']:.2f}, {row['tokens_per_second']:.0f} tokens/s, "
             + " ".join(f"{name} {seconds:.1f}s" for name, seconds in phases.items())
         )
