@@ -120,13 +120,13 @@ check-wheel: wheel  ## the wheel works where nothing else is: no source tree, ho
 
 .PHONY: docs
 docs: .venv-docs/.ready  ## the pages with the API from the docstrings, in build/site-docs
-	.venv-docs/bin/mkdocs build --quiet --strict --site-dir build/site-docs
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --strict --site-dir build/site-docs
 
 .PHONY: ci
 ci: lint aot test check-wheel  ## what must be green
 
 .PHONY: ci-full
-ci-full: ci run  ## ci and the main job
+ci-full: ci docs run  ## ci, the pages and the main job
 
 .PHONY: clean
 clean:  ## everything that is built, and the environment
