@@ -15,6 +15,7 @@ from nlhf.commands import (
     solve,
     train,
 )
+from nlhf.names import nearest
 
 COMMANDS = (train, preference, generate, evaluate, solve, reproduce, algorithms, info)
 EXIT_BAD_INPUT = 2
@@ -30,8 +31,20 @@ class _OneLine(argparse.HelpFormatter):
         self._action_max_length = 4 + max(map(len, names))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """An unknown flag is answered with the nearest, under the usage of its command."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            known = [flag for action in self._actions for flag in action.option_strings]
+            hint = nearest(unknown[0].partition("=")[0], known)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found, unknown
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser = _Parser(
         prog="nlhf",
         description="Nash learning from human feedback on transformers.",
         epilog="nlhf COMMAND --help says what a command does, with examples. Where to begin: "
@@ -41,7 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)
-    return parser
+    if words and not words[0].startswith("-") and words[0] not in commands.choices:
+        hint = nearest(words[0], commands.choices) or "; nlhf --help lists them"
+        parser.error(f"unknown command {words[0]!r}{hint}")
+    return parser.parse_args(words)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
             os.environ.setdefault(name, "1")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(sys.argv[1:] if argv is None else argv)
     try:
         arguments.run(arguments)
     except BrokenPipeError:

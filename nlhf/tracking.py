@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import secrets
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,18 +124,23 @@ def trackers(report_to: str) -> list[str]:
     if names in (["none"], [""]):
         return []
     if names == ["auto"]:
-        return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+        return ["tensorboard"] if _installed("tensorboard") else []
     for name in names:
         if name not in TRACKERS:
             known = "auto, none, or names with commas between of " + ", ".join(TRACKERS)
             raise ValueError(
                 f"config: report_to must be {known}, got {report_to!r}{nearest(name, TRACKERS)}"
             )
-        if not importlib.util.find_spec(name):
+        if not _installed(name):
             raise ValueError(
                 f"config: report_to names {name}, which is not installed: pip install {name}"
             )
     return names
+
+
+def _installed(name: str) -> bool:
+    # a module that is there need not have been found by its name
+    return name in sys.modules or importlib.util.find_spec(name) is not None
 
 
 class Log:

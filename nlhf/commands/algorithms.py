@@ -6,8 +6,8 @@ import sys
 from nlhf.commands import common
 
 DESCRIPTION = (
-    "List what nlhf train --algorithm takes: every algorithm with its opponent, anchors, loss, the "
-    "settings that it needs, where it leads, and the paper it is from."
+    "List what nlhf train --algorithm takes. Each line has an algorithm's opponent, its anchors, "
+    "its loss, the settings that it needs, where it leads, and the paper that it is from."
 )
 EXAMPLES = "  nlhf algorithms\n  nlhf algorithms | grep equilibrium"
 

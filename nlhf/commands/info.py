@@ -16,7 +16,7 @@ DESCRIPTION = (
     "would get, the optional packages that were found, and which op runs on which backend or why "
     "not. Needs no model; add its output to a report of a bug."
 )
-EXAMPLES = "  nlhf info\n  NLHF_BACKEND=eager nlhf info"
+EXAMPLES = "  nlhf info\n  nlhf info | grep triton"
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "numpy", "safetensors")
 # package and what it is for
 OPTIONAL = {
