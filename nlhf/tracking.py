@@ -41,8 +41,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         # what a killed run wrote after its checkpoint comes once more
-        purge = done + 1 if done else None
-        self._board = SummaryWriter(output / "tensorboard", purge_step=purge)
+        self._board = SummaryWriter(output / "tensorboard", purge_step=done + 1)
 
     def log(self, row: dict[str, float], samples: list[Sample]) -> None:
         for name, value in row.items():
@@ -153,7 +152,6 @@ class Log:
     """
 
     def __init__(self, output: Path, settings: Config, done: int):
-        self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             self._metrics, self._samples = (
                 stack.enter_context((output / name).open("a", encoding="utf-8"))
@@ -197,6 +195,7 @@ class Log:
         )
 
     def warn(self, finding: diagnosis.Finding) -> None:
+        """A failure signature, as a line of the log."""
         logging.getLogger(__name__).warning("step %d: %s", finding.step, finding.text)
 
 

@@ -144,7 +144,8 @@ def _keep_metrics(path: Path, done: int) -> list[dict]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    # a text may hold characters that splitlines takes for the end of one
+    for line in path.read_text(encoding="utf-8").split("\n"):
         # a line that was cut short by a kill is one that the checkpoint does not cover
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))

@@ -232,3 +232,15 @@ def test_bad_input_ends_in_one_line_and_status_2(folder, monkeypatch, capsys, wr
     assert stop.value.code == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
     assert (folder / "prompts.jsonl").read_text() == before
+
+
+def test_what_fails_leaves_nothing_behind(folder, tmp_path, capsys):
+    base = ["--model", folder / "one", "--output", tmp_path / "new" / "out"]
+    for more in (["--prompts", "nowhere.jsonl"], ["--prompt", "w1 " * 70]):
+        with pytest.raises(SystemExit):
+            run(*base, *more)
+        assert not list(tmp_path.rglob("*.jsonl*"))
+    capsys.readouterr()
+    # and the folder can be used once the input is good
+    run(*base, "--prompt", "w1")
+    assert read(tmp_path / "new" / "out" / "completions.jsonl")

@@ -126,6 +126,15 @@ def test_a_run_that_goes_on_is_the_same_run_there(
     assert [json.loads(line)["step"] for line in samples] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
 
 
+def test_samples_of_any_text_are_kept(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    text = "one\u2028two\x85three\x0bfour\nfive"
+    rows = [{"step": step, "completion": text} for step in (1, 2, 3)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    assert train._keep_metrics(path, 2) == rows[:2]
+    assert train._keep_metrics(path, 2) == rows[:2]
+
+
 def test_trackers_may_change_between_a_run_and_its_continuation(folder, tmp_path, one_thread):  # noqa: F811
     train.run(settings(folder, tmp_path / "run", steps=2, report_to="none", eval_every=0))
     assert not (tmp_path / "run" / "tensorboard").exists()

@@ -16,8 +16,6 @@ from nlhf.commands import common, models
 from nlhf.commands.settings import EvaluateConfig
 
 COMPLETIONS = "completions.jsonl"
-
-
 DESCRIPTION = (
     "Compare any set of models and completions: the win rate of each against every other under a "
     "preference model, with intervals and a heat map, intransitive triples, and the equilibrium "
@@ -267,6 +265,8 @@ def answer(contestant: Contestant, prompts: list, settings: EvaluateConfig, devi
     texts = []
     if settings.apply_chat_template:
         prompts = data.as_messages(prompts)
+    else:
+        data.note_plain_prompts(prompts, tokenizer)
     starts = range(0, len(prompts), settings.batch_size)
     for start in progress.track(starts, contestant.name, len(starts)):
         batch = prompts[start : start + settings.batch_size]

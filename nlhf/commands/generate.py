@@ -54,10 +54,13 @@ def run(arguments: argparse.Namespace) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # whole or not there: a file that is cut short would pass for an answer to fewer prompts
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    partial.rename(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
     sys.stdout.write(f"The responses are in {path}: give it to nlhf evaluate\n")
 
 
@@ -76,6 +79,8 @@ def _path(output: str) -> Path:
 def generate(settings: GenerateConfig) -> Iterator[dict]:
     """A row a response: its texts, and in nats what it is worth under each distribution.
 
+    The models are loaded before this returns, the responses drawn as rows are asked for.
+
     ``policy_logprob`` and, with a reference, ``ref_logprob`` are sums over the response's tokens,
     its end included, under the whole distributions at the temperature; ``sampling_logprob`` under
     the filtered mixture that was drawn from. ``tokens`` counts them; ``finished`` says whether the
@@ -89,7 +94,7 @@ def generate(settings: GenerateConfig) -> Iterator[dict]:
     # after the cheap checks: torch and transformers take seconds to import
     import torch
 
-    from nlhf import data, parts, policy, rollout
+    from nlhf import data, parts, policy
 
     device, dtype = parts.device_of(settings.device), getattr(torch, settings.dtype)
     prompts = [settings.prompt]
@@ -103,11 +108,15 @@ def generate(settings: GenerateConfig) -> Iterator[dict]:
             "generate: --ref must be given for a --mixture-coef above 0, since the model has no "
             "LoRA adapters, whose base would be the reference"
         )
-    asked = prompts
-    if settings.apply_chat_template:
-        asked = data.as_messages(prompts)
-    else:
+    if not settings.apply_chat_template:
         data.note_plain_prompts(prompts, tokenizer)
+    return _draw(settings, prompts, model, ref, tokenizer, device)
+
+
+def _draw(settings: GenerateConfig, prompts: list, model, ref, tokenizer, device) -> Iterator[dict]:
+    from nlhf import data, parts, policy, rollout
+
+    asked = data.as_messages(prompts) if settings.apply_chat_template else prompts
     end = parts.end_tokens(model, tokenizer)
     side = rollout.Side(model, settings.mixture_coef, settings.n_samples)
     starts = range(0, len(prompts), settings.batch_size)
