@@ -61,8 +61,8 @@ def write(folder: Path, settings: Config, result: dict) -> None:
 def card(settings: Config, result: dict) -> str:
     """A model card in the hub's format: metadata, how to load, results, settings and citations.
 
-    Held-out prompts are not quoted. Fields of the settings at their defaults, paths of this machine
-    and what does not concern the model are left out.
+    Held-out prompts are not quoted. Fields of the settings at their defaults, paths of this
+    machine, addresses and what does not concern the model are left out.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -165,8 +165,9 @@ def _settings(settings: Config) -> str:
     rows = ["| setting | value |", "|---|---|"]
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        local = isinstance(value, str) and Path(value).expanduser().is_absolute()
-        if field.name in _PRIVATE or local:
+        # a folder or a server of somebody's own
+        own = isinstance(value, str) and ("://" in value or Path(value).expanduser().is_absolute())
+        if field.name in _PRIVATE or own:
             continue
         if field.name in always or value != field.default:
             shown = str(value).replace("|", "\\|")

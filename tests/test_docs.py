@@ -52,7 +52,9 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", READABLE, ids=lambda page: page.name)
 def test_files_that_are_named_exist(page):
     text = page.read_text(encoding="utf-8")
-    named = set(re.findall(r"`((?:docs|tests|nlhf|nlhf_kernels|bench|csrc|examples)/[\w./-]+)`", text))
+    named = set(
+        re.findall(r"`((?:docs|tests|nlhf|nlhf_kernels|bench|csrc|examples)/[\w./-]+)`", text)
+    )
     # the lab book tells of files as they were
     if page.name != "log.md":
         assert not {name for name in named if not (ROOT / name).exists()}

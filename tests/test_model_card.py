@@ -159,8 +159,10 @@ def test_a_name_that_the_hub_cannot_have_is_refused_at_once(folder, tmp_path, ca
 
 def test_what_does_not_concern_the_model_stays_out_of_its_card():
     here = {"output": "/home/me/run", "device": "cuda:3", "report_to": "wandb"}
-    chosen = dataclasses.replace(config.load("tldr"), preference="/home/me/judge", **here)
+    judges = {"preference": "/home/me/judge", "judge": "http://judge.internal:8000/v1"}
+    chosen = dataclasses.replace(config.load("tldr"), **judges, **here)
     card = model_card.card(chosen, {})
     assert "/home/me" not in card
+    assert "judge.internal" not in card
     assert "cuda:3" not in card
     assert "wandb" not in card
