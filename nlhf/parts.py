@@ -197,6 +197,10 @@ def _quickstart(config: Config) -> Parts:
 
 def _assemble(config, device, prompts, eval_prompts, opinion, judge, lexicon) -> Parts:
     tokenizer = policy.load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    if config.apply_chat_template:
+        prompts, eval_prompts = data.as_messages(prompts), data.as_messages(eval_prompts)
+    elif not config.assets:
+        data.note_plain_prompts(prompts, tokenizer)
     model = trained_model(config, device)
     ref = None
     if config.ref or not config.lora_r:

@@ -2,15 +2,10 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
-import logging
-import math
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nlhf import (
     algorithms,
@@ -19,9 +14,11 @@ from nlhf import (
     diagnosis,
     distributed,
     evaluate,
+    model_card,
     parts,
     plots,
     policy,
+    tracking,
 )
 from nlhf.config import Config
 from nlhf.learner import Learner
@@ -31,6 +28,7 @@ from nlhf.players import trainable
 _FREE = {"output", "device", "eval_every", "eval_samples", "report_samples"}
 _FREE |= {"parallel", "gather", "checkpoint_every", "keep_checkpoints", "gradient_checkpointing"}
 _FREE |= {"server", "server_key_env", "server_concurrency", "server_timeout"}
+_FREE |= {"report_to", "push_to_hub", "hub_private"}
 
 
 def run(settings: Config, resume: bool = False) -> dict:
@@ -46,9 +44,12 @@ def run(settings: Config, resume: bool = False) -> dict:
 
     Raises:
         ValueError: bad input; the output folder holds another run, or one without ``resume``.
+        model_card.PushError: the run is whole and saved, but not on the hub.
     """
     output, world = Path(settings.output), distributed.join()
     algorithms.check(settings)
+    tracking.trackers(settings.report_to)
+    model_card.check_hub_name(settings.push_to_hub)
     world.first(lambda: _claim(output, settings, resume))
     pieces = parts.build(settings)
     learner = Learner(pieces)
@@ -56,15 +57,17 @@ def run(settings: Config, resume: bool = False) -> dict:
     saved = world.first(lambda: checkpoint.complete(output / "checkpoints"))
     done = checkpoint.load(saved[-1], learner) if saved else 0
     metrics = world.first(lambda: _keep_metrics(output / "metrics.jsonl", done))
+    world.first(lambda: _keep_metrics(output / "samples.jsonl", done))
     found = diagnosis.history(metrics, settings)
-    with Log(output, settings.algorithm, done, settings.steps) if world.main else Quiet() as log:
+    with tracking.Log(output, settings, done) if world.main else tracking.Quiet() as log:
         for step in range(done, settings.steps):
-            row = learner.step(step)
+            row, samples = learner.step(step), []
             every = settings.eval_every
             if every and pieces.eval_prompts and (step + 1) % every == 0:
                 with learner.gathered():
-                    row |= evaluate.quick(pieces, learner.engine.together)
-            log(row)
+                    figures, samples = evaluate.quick(pieces, learner.engine.together)
+                row |= figures
+            log(row, samples)
             metrics.append(row)
             for finding in diagnosis.diagnose(metrics, settings):
                 if finding.name not in {before.name for before in found}:
@@ -75,7 +78,17 @@ def run(settings: Config, resume: bool = False) -> dict:
                 keep = settings.keep_checkpoints
                 folder = output / "checkpoints"
                 checkpoint.save(folder, step + 1, learner, keep)
-    return _finish(learner, metrics, output, found)
+    result = _finish(learner, metrics, output, found)
+    world.first(lambda: _write_cards(output, settings, result))
+    # the others have nothing left to wait for
+    if settings.push_to_hub and world.main:
+        model_card.push(output / "model", settings.push_to_hub, settings.hub_private)
+    return result
+
+
+def _write_cards(output: Path, settings: Config, result: dict) -> None:
+    for folder in sorted(output.glob("model*")):
+        model_card.write(folder, settings, result)
 
 
 def _open(output: Path, settings: Config) -> None:
@@ -126,62 +139,6 @@ def _save(learner: Learner, weights: dict, model: torch.nn.Module, folder: Path)
     learner.world.first(lambda: policy.save(model, pieces.tokenizer, folder))
 
 
-class Quiet(contextlib.nullcontext):
-    """The log of a process that is not the first: none."""
-
-    def __enter__(self):
-        return self
-
-    def __call__(self, row: dict[str, float]) -> None:
-        pass
-
-    def warn(self, finding: diagnosis.Finding) -> None:
-        pass
-
-
-class Log:
-    """Metrics as JSON lines, as a progress bar, and for TensorBoard where it is installed."""
-
-    def __init__(self, output: Path, title: str, done: int, steps: int):
-        self._file = (output / "metrics.jsonl").open("a", encoding="utf-8")
-        self._bar = tqdm(total=steps, initial=done, desc=title, unit="step")
-        self._board = None
-        if importlib.util.find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(output / "tensorboard")
-        self._versus = math.nan
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._bar.close()
-        self._file.close()
-        if self._board:
-            self._board.close()
-
-    def __call__(self, row: dict[str, float]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        if self._board:
-            for name, value in row.items():
-                self._board.add_scalar(name, value, row["step"])
-        self._versus = row.get("preference_vs_ref", self._versus)
-        phases = {k.removeprefix("seconds_"): v for k, v in row.items() if "seconds_" in k}
-        self._bar.set_postfix_str(
-            f"P {row['preference']:.3f}, vs ref {self._versus:.3f}, KL {row['kl']:.2f}, "
-            f"entropy {row['entropy']:.2f}, {row['tokens_per_second']:.0f} tokens/s, "
-            + " ".join(f"{name} {seconds:.1f}s" for name, seconds in phases.items())
-        )
-        self._bar.update()
-
-    def warn(self, finding: diagnosis.Finding) -> None:
-        # above the bar, which is drawn again below it
-        with logging_redirect_tqdm():
-            logging.getLogger(__name__).warning("step %d: %s", finding.step, finding.text)
-
-
 def _claim(output: Path, settings: Config, resume: bool) -> None:
     """Refuse an output folder that holds another run, so that nothing is written over."""
     path = output / "config.yaml"
@@ -220,7 +177,8 @@ def _keep_metrics(path: Path, done: int) -> list[dict]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    # a text may hold characters that splitlines takes for the end of one
+    for line in path.read_text(encoding="utf-8").split("\n"):
         # a line that was cut short by a kill is one that the checkpoint does not cover
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))

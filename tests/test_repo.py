@@ -50,7 +50,7 @@ LAYERS = [
 ]
 # nlhf, from the bottom: a module may import those of the lines above its own
 LOOP = [
-    ["names"],
+    ["names", "progress"],
     ["config", "data", "http", "tabular", "distributed"],
     ["preference"],
     ["preference_fit"],
@@ -68,7 +68,9 @@ LOOP = [
     ["parts", "engines"],
     ["learner"],
     ["checkpoint"],
+    ["tracking"],
     ["evaluate", "arena"],
+    ["model_card"],
     ["train"],
     ["experiments"],
     ["commands"],

@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from nlhf.data import replace_folder
 from nlhf.preference.protocol import check_texts, first_line
+from nlhf.progress import Progress
 
 CONFIG = "preference.json"
 
@@ -206,10 +206,10 @@ class PreferenceModel(nn.Module):
 
     def _batches(self, rows: list[tuple[int, ...]], progress: bool) -> Iterator[list]:
         size = self.settings["batch_size"]
-        with tqdm(total=len(rows), desc="features", unit=" texts", disable=not progress) as bar:
+        with Progress("features, texts", len(rows), show=progress) as bar:
             for start in range(0, len(rows), size):
                 yield rows[start : start + size]
-                bar.update(len(rows[start : start + size]))
+                bar.advance(len(rows[start : start + size]))
 
     def save_pretrained(
         self, folder: str | os.PathLike, *, trunk_path: str | os.PathLike | None = None
