@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+import nlhf_kernels as nk
 from nlhf import losses, memory
 from nlhf.rollout import Completion, Pair
 
@@ -74,8 +75,8 @@ def update(policy: nn.Module, pair: Pair, preference: Tensor, size: int, **choic
         result.loss.backward()
 
 
-def main(settings: Sequence[tuple] = SETTINGS) -> None:
-    torch.set_num_threads(1)
+def packing_table(settings: Sequence[tuple] = SETTINGS) -> None:
+    """Real tokens a second of an update."""
     policy = model()
     print("| lengths | rows | longest | micro-batch | real tokens | head | padded | packed |")
     print("|---|---|---|---|---|---|---|---|")
@@ -90,6 +91,42 @@ def main(settings: Sequence[tuple] = SETTINGS) -> None:
         share = tokens / (2 * rows * longest)
         speeds = " | ".join(f"{tokens / x:,.0f}" for x in took)
         print(f"| {name} | {rows} | {longest} | {size} | {share:.0%} | {head} | {speeds} |")
+
+
+def head_table(B: int = 8, T: int = 48, D: int = 576) -> None:
+    """Milliseconds of a loss and its gradient, from hidden states on; a quarter is padding."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(B, T, dtype=torch.bool)
+    mask[::2, T // 2 :] = False
+    tokens = torch.randint(0, V, (B, T), generator=generator)
+    known = {"tau": 0.1, "ref_logprobs": -torch.rand(B, T, generator=generator)}
+    preference = torch.rand(B, generator=generator)
+    print("| head | trained | fused | logits |")
+    print("|---|---|---|---|")
+    for dtype, trained in itertools.product((torch.float32, torch.bfloat16), (True, False)):
+        hidden = torch.randn(B, T, D, generator=generator).to(dtype).requires_grad_()
+        weight = (0.05 * torch.randn(V, D, generator=generator)).to(dtype).requires_grad_(trained)
+        rest = (tokens, mask, preference)
+
+        def fused(hidden=hidden, weight=weight, rest=rest):
+            hidden.grad = weight.grad = None
+            nk.linear_pairwise_pg_loss(hidden, weight, *rest, **known).loss.backward()
+
+        def logits(hidden=hidden, weight=weight, rest=rest):
+            hidden.grad = weight.grad = None
+            made = hidden @ weight.T
+            nk.pairwise_pg_loss(made, *rest, **known, inplace_backward=True).loss.backward()
+
+        name = str(dtype).removeprefix("torch.")
+        took = " | ".join(f"{1e3 * seconds(run):.0f}" for run in (fused, logits))
+        print(f"| {name} | {'yes' if trained else 'no'} | {took} |")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    head_table()
+    print()
+    packing_table()
 
 
 if __name__ == "__main__":

@@ -159,20 +159,23 @@ class _StandIn(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         self.seen.append(hidden)
         answer = hidden.new_zeros(*hidden.shape[:-1], 1) if self._probe is None else self._probe
-        return _Answer.apply(hidden, answer)
+        return _Answer.apply(hidden, self.weight, answer)
 
 
 class _Answer(torch.autograd.Function):
-    """In the graph a function of the hidden states, in numbers the answer, without a gradient."""
+    """In the graph what a head is, in numbers the answer, without a gradient.
+
+    A wrapper that looks for weights that the model has not used finds this one.
+    """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, answer: Tensor) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, answer: Tensor) -> Tensor:
         # the model may write over it
         return answer.clone()
 
     @staticmethod
     def backward(ctx, _):
-        return None, None
+        return None, None, None
 
 
 class _Through(torch.autograd.Function):
@@ -206,11 +209,16 @@ def _place(model: nn.Module, head: nn.Module | None) -> tuple[nn.Module, str]:
 def _candidates(model: nn.Module) -> list[Scaling]:
     """What the configuration may mean, the most it says first."""
     config = model.config.get_text_config()
-    factors = [float(x) for name in _FACTORS if (x := getattr(config, name, None))]
+
+    def numbers(names: tuple[str, ...]) -> list[float]:
+        found = (getattr(config, name, None) for name in names)
+        return [float(x) for x in found if isinstance(x, int | float) and x]
+
+    factors = numbers(_FACTORS)
     # a factor divides in one model and multiplies in another
     factors = [1.0, *factors, *(1 / x for x in factors)]
-    caps = [float(x) for name in _CAPS if (x := getattr(config, name, None))]
-    return [Scaling(factor, cap) for cap, factor in itertools.product([*caps, None], factors)]
+    caps = [*numbers(_CAPS), None]
+    return [Scaling(factor, cap) for cap, factor in itertools.product(caps, factors)]
 
 
 def _probe(head: nn.Linear) -> Tensor:

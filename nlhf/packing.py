@@ -140,10 +140,15 @@ def _leak(model: nn.Module, device: torch.device) -> str:
     other = logits(changed, [7, 5])
     # parts of some float64 models compute in float32
     eps = max(torch.finfo(x).eps for x in (torch.float32, policies.bare(model).dtype))
-    size = alone.abs().max()
+
+    def same(a: Tensor, b: Tensor, tolerance: float) -> bool:
+        # the median, because some models ban ids by the lowest number there is
+        size = float(alone.abs().median())
+        return torch.allclose(a, b, rtol=tolerance, atol=tolerance * size)
+
     # routed experts add up in another order if they are given other tokens beside
-    if not (first - other).abs().max() <= 64 * eps * size:
+    if not same(first, other, min(64 * eps, 0.05)):
         return "lets one sequence of a packed batch change another"
-    if not (first - alone).abs().max() <= eps**0.5 * size:
+    if not same(first, alone, eps**0.5):
         return "reads a sequence of a packed batch otherwise than alone"
     return ""

@@ -204,7 +204,7 @@ class AdaptersOff(AbstractContextManager):
 
     def __init__(self, model: nn.Module):
         self._layers = _adapter_layers(model)
-        configs = getattr(model, "peft_config", {}).values()
+        configs = getattr(bare(model), "peft_config", {}).values()
         outside = any(config.is_prompt_learning for config in configs)
         if (
             outside
@@ -244,7 +244,7 @@ def reference(policy: nn.Module, ref: nn.Module | None) -> tuple[nn.Module, Abst
 
 
 def has_adapters(model: nn.Module) -> bool:
-    return bool(getattr(model, "peft_config", None)) or bool(_adapter_layers(model))
+    return bool(getattr(bare(model), "peft_config", None)) or bool(_adapter_layers(model))
 
 
 def check_same_vocabulary(policy: nn.Module, ref: nn.Module) -> None:

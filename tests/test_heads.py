@@ -177,6 +177,13 @@ def test_a_soft_cap_that_the_configuration_forgets_is_seen():
     torch.testing.assert_close(plain.loss, logits.loss)
 
 
+def test_a_factor_that_is_a_word_is_none():
+    model = tiny.llama(0)
+    model.config.logit_scale = "inv_sqrt_d_model"
+    pair, preference = made(model, model)
+    losses.nash_md_pg(model, model, pair, preference, tau=0.1, head="fused")
+
+
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 def test_heads_that_are_no_plain_linear_layer_are_refused():
     from peft import LoraConfig, get_peft_model
@@ -223,14 +230,18 @@ def group(tmp_path):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("unused", [False, True])
 @pytest.mark.parametrize("name", ["llama", "lora, tied"])
-def test_through_the_wrapper_of_a_distributed_model(name, group):
+def test_through_the_wrapper_of_a_distributed_model(name, group, unused):
     model = MODELS[name](0)
     ref = None if "lora" in name else MODELS[name](1)
     pair, preference = made(model, ref)
     expected = losses.nash_md_pg(model, ref, pair, preference, tau=0.1, head="logits")
     wanted = gradients(model, expected.loss)
-    wrapped, calls = DistributedDataParallel(model), []
+    # or it warns that it searched for nothing
+    if unused:
+        model.never = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    wrapped, calls = DistributedDataParallel(model, find_unused_parameters=unused), []
     wrapped.register_forward_hook(lambda *_: calls.append("forward"))
     wrapped.register_comm_hook(None, lambda _, bucket: reduced(bucket, calls))
     assert policy.bare(wrapped) is model

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import types
 
 import pytest
 import torch
@@ -113,6 +114,50 @@ def test_8_bits_without_the_package_name_what_to_install(monkeypatch):
         built([torch.nn.Parameter(torch.ones(2))], optimizer="adamw_8bit")
     with pytest.raises(ValueError, match=r"optimizer must be one of.*; do you mean adamw_8bit"):
         config.from_dict({"optimizer": "adamw8bit"}, "test")
+
+
+class Counting(torch.optim.Optimizer):
+    """Keeps what bitsandbytes keeps: a step that must be an int, one table for all weights."""
+
+    table = torch.linspace(-1, 1, 256)
+
+    def __init__(self, params, lr, weight_decay):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state = self.state[weight]
+                if not state:
+                    state |= {"step": 0, "state1": torch.zeros_like(weight, dtype=torch.uint8)}
+                    state["qmap1"] = self.table
+                assert type(state["step"]) is int
+                state["step"] += 1
+                state["state1"] += 1
+                weight -= group["lr"] * state["step"]
+
+
+def test_the_state_of_8_bits_goes_through_a_checkpoint(folder, tmp_path, monkeypatch):  # noqa: F811
+    """With a stand-in for bitsandbytes; the tests below are with the real one."""
+    changes = {"eval_prompts": "", "optimizer": "adamw_8bit", "steps": 4}
+    chosen = settings(folder, tmp_path, **changes)
+    # before peft and transformers could find the stand-in
+    pieces = [parts.build(chosen) for _ in range(2)]
+    stand_in = types.SimpleNamespace(AdamW8bit=Counting)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.SimpleNamespace(optim=stand_in))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", stand_in)
+    whole, resumed = map(learner.Learner, pieces)
+    for step in range(2):
+        whole.step(step)
+    saved = checkpoint.save(tmp_path / "checkpoints", 2, whole, keep=1)
+    assert checkpoint.load(saved, resumed) == 2
+    for one in (whole, resumed):
+        one.step(2)
+    for a, b in zip(whole.policy.parameters(), resumed.policy.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert whole.optimizer.state[a].keys() == resumed.optimizer.state[b].keys()
+    assert {state["step"] for state in resumed.optimizer.state.values() if state} == {3}
 
 
 @pytest.fixture

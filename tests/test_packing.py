@@ -254,9 +254,11 @@ def test_a_step_of_the_trainer_is_the_same(folder, tmp_path):  # noqa: F811
 def test_the_bench_of_it_runs(capsys, monkeypatch):
     monkeypatch.setattr(fast_paths, "V", tiny.V)
     monkeypatch.setattr(fast_paths, "model", lambda: tiny.llama(0, torch.float32))
-    fast_paths.main((("tiny", 3, 16, 2),))
+    fast_paths.packing_table((("tiny", 3, 16, 2),))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[5] for line in lines[2:]] == ["logits", "fused"]
+    fast_paths.head_table(2, 3, 4)
+    assert len(capsys.readouterr().out.splitlines()) == 6
 
 
 def test_rollouts_of_their_own_give_the_log_probabilities_that_they_said():
