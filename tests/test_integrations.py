@@ -363,3 +363,63 @@ for host in ("trl", "verl", "openrlhf"):
     hosts = ("trl", "verl", "openrlhf")
     wanted = [f"{host}_ops: {host} is not installed: pip install {host}" for host in hosts]
     assert done.stdout.splitlines() == wanted
+
+
+# ---- a vocabulary that two processes share
+
+PART = """
+import datetime, sys
+import torch
+import torch.distributed as dist
+from nlhf_kernels import integrations
+from tests.test_integrations import at, atol, entropy, head, ids, logs
+
+def near(x, y):
+    torch.testing.assert_close(x, y.float(), rtol=1e-5, atol=atol(x.dtype, y))
+
+def judge(rank):
+    (hidden, weight, _), (h, w, _) = head(torch.float32, 2, 3)
+    labels = ids(2, 3)
+    mine = slice(0, 600) if rank == 0 else slice(600, None)
+    part = weight.detach()[mine].clone().requires_grad_()
+    got = integrations.verl.linear_cross_entropy(
+        hidden, part, labels, 0.8, "mean", dist.group.WORLD
+    )
+    both = logs(h @ w.T, 0.8).flatten(0, -2)
+    want = at(both, labels.flatten()).mean(), entropy(both)
+    for x, y in zip(got, want, strict=True):
+        near(x, y)
+    grads = torch.autograd.grad(got[0] + (got[1] * labels.flatten()).sum(), (hidden, part))
+    exact = torch.autograd.grad(want[0] + (want[1] * labels.flatten()).sum(), (h, w))
+    near(grads[1], exact[1][mine])
+    # a share: what Megatron adds up is the gradient
+    share = grads[0].clone()
+    dist.all_reduce(share)
+    near(share, exact[0])
+    assert not torch.allclose(grads[0], share)
+
+rank, file = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group(
+    "gloo", init_method=f"file://{file}", rank=rank, world_size=2,
+    timeout=datetime.timedelta(seconds=60),
+)
+# nothing of the group may outlive it
+judge(rank)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_ranks_that_share_the_vocabulary_have_shares_of_the_gradient(tmp_path):
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", PART, str(rank), str(tmp_path / "meeting")],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    said = [worker.communicate(timeout=120)[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], said

@@ -26,12 +26,15 @@ class _Curve(NamedTuple):
 
 
 class _Patch(NamedTuple):
+    """What a patched model carries, so that a copy has it too."""
+
     # the forward that the instance had for itself
     before: object
+    curve: _Curve
     memory_budget: int | None
 
 
-# measured once a model
+# of models that are not patched, measured once
 _curves: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -48,8 +51,8 @@ def patch_lm_head(model: nn.Module, *, memory_budget: int | None = None) -> None
         memory_budget: bytes for a chunk of logits, as in ``linear_token_logprobs``.
 
     Raises ``ValueError`` for a head that is no plain linear layer, as one with LoRA; for a model
-    that does more with hidden states or logits than scale and cap them, which two tokens show; for
-    a loss of its own.
+    that does more with hidden states or logits than scale and cap them, which three tokens show;
+    for a loss of its own.
     """
     op = "patch_lm_head"
     versions.check("transformers")
@@ -60,8 +63,7 @@ def patch_lm_head(model: nn.Module, *, memory_budget: int | None = None) -> None
     if hasattr(target, _PATCH):
         before = getattr(target, _PATCH).before
         unpatch_lm_head(target)
-    _curves[target] = _measure(op, target)
-    setattr(target, _PATCH, _Patch(before, memory_budget))
+    setattr(target, _PATCH, _Patch(before, _measure(op, target), memory_budget))
     # its signature is what generate and trainers look at
     target.forward = types.MethodType(_fused(type(target).forward), target)
 
@@ -103,8 +105,6 @@ def token_logprobs(
     target = _causal(op, model)
     if any(x.is_prompt_learning for x in getattr(model, "peft_config", {}).values()):
         raise ValueError(f"{op}: prompt tuning puts tokens before the prompt: use patch_lm_head")
-    if target not in _curves:
-        _curves[target] = _measure(op, target)
     output = target.base_model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
     mask = None if attention_mask is None else attention_mask[:, 1:]
     hidden = output[0][:, :-1]
@@ -175,7 +175,7 @@ def _statistics(
     memory_budget: int | None,
     temperature: float = 1.0,
 ) -> nk.TokenLogprobs:
-    head, curve = _head(op, model), _curves[model]
+    head, curve = _head(op, model), _curve(op, model)
     # a model split over devices ends on another than that of its head
     hidden = hidden.to(head.weight.device)
     hidden, weight, bias = rows.head(hidden, head.weight, head.bias)
@@ -216,9 +216,17 @@ def _head(op: str, model: nn.Module) -> nn.Linear:
     return head
 
 
+def _curve(op: str, model: nn.Module) -> _Curve:
+    if patch := getattr(model, _PATCH, None):
+        return patch.curve
+    if model not in _curves:
+        _curves[model] = _measure(op, model)
+    return _curves[model]
+
+
 @torch.no_grad()
 def _measure(op: str, model: nn.Module) -> _Curve:
-    """The model's own forward of two tokens, in which the head says known numbers."""
+    """The model's own forward of three tokens, in which the head says known numbers."""
     head, seen = _head(op, model), {}
     V = head.out_features
     said = torch.linspace(-90, 90, V, dtype=torch.float64, device=head.weight.device)
@@ -232,7 +240,8 @@ def _measure(op: str, model: nn.Module) -> _Curve:
     def listen(module, inputs, output):
         seen["body"] = output[0]
 
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
+    # one may be padding, whose embedding is 0
+    ids = torch.arange(3, device=model.get_input_embeddings().weight.device)[None]
     # some forwards go past the base, to the decoder that is all of it
     bodies = {model.base_model, model.get_decoder()}
     hooks = [head.register_forward_hook(say), *(x.register_forward_hook(listen) for x in bodies)]
