@@ -1,5 +1,6 @@
 """The drop-ins of TRL, verl and OpenRLHF against definitions in float64, without those hosts."""
 
+import os
 import re
 import subprocess
 import sys
@@ -267,6 +268,19 @@ def test_wrong_input_names_what_is_wrong():
     weight.ds_id = 0
     with pytest.raises(ValueError, match="ZeRO-3"):
         trl.ChunkedLogprobs.apply(hidden, weight, None, labels, 1.0, 64)
+
+
+def example(name: str, *paths: str) -> str:
+    """What examples/<name>.py prints, with more places to import from."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", f"examples/{name}.py"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *paths])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 # ---- patching

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from nlhf_kernels import integrations
 from tests import tiny
+from tests.test_integrations import example
 
 Mixture = integrations.transformers.MixtureLogitsProcessor
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -174,6 +175,12 @@ def test_a_banned_token_stays_banned():
         torch.testing.assert_close(mixed.logsumexp(-1), torch.zeros(1, dtype=mixed.dtype))
 
 
+def test_the_example_runs():
+    said = example("transformers_generate").splitlines()
+    assert [line.split(":")[0] for line in said] == [f"mixture_coef {b}" for b in (0.0, 0.5, 1.0)]
+    assert len({line.split(":")[1] for line in said}) == 3
+
+
 def test_wrong_input_is_named():
     policy, ref = tiny.llama(0), tiny.llama(1)
     for coef in (-0.1, 1.1, float("nan"), "0.5", True):
@@ -183,6 +190,10 @@ def test_wrong_input_is_named():
         Mixture(policy, tiny.llama(1, vocab_size=60), mixture_coef=0.5)
     with pytest.raises(ValueError, match="without ref, policy must be a PEFT model"):
         Mixture(policy, mixture_coef=0.5)
+    policy.config.is_encoder_decoder = True
+    with pytest.raises(ValueError, match="policy must be a decoder, got LlamaForCausalLM"):
+        Mixture(policy, ref, mixture_coef=0.5)
+    policy.config.is_encoder_decoder = False
     mixture = Mixture(policy, ref, mixture_coef=0.5, attention_mask=torch.ones(2, 4))
     with pytest.raises(ValueError, match=r"attention_mask must be \(B, P\).*3 rows.*\(2, 4\)"):
         mixture(torch.ones(3, 4, dtype=torch.int64), torch.zeros(3, 53))

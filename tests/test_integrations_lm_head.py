@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nlhf_kernels import integrations
 from tests import tiny
+from tests.test_integrations import example
 
 hosts = integrations.transformers
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -183,6 +184,11 @@ def test_patching_is_undone_and_done_twice():
     assert model(**inputs).logits is None
     hosts.unpatch_lm_head(model)
     assert model.forward is own
+    hosts.patch_lm_head(model)
+    ours = model.forward
+    model.forward = lambda **kwargs: ours(**kwargs)
+    with pytest.raises(ValueError, match="was changed since: undo that first"):
+        hosts.unpatch_lm_head(model)
 
 
 def test_a_copy_has_weights_of_its_own():
@@ -226,6 +232,13 @@ def test_adapters_below_the_head_learn_and_one_on_it_is_refused():
     later.lm_head = nn.Sequential(later.lm_head)
     with pytest.raises(ValueError, match=r"plain torch\.nn\.Linear"):
         later(**inputs)
+
+
+def test_the_example_runs():
+    said = example("transformers_lm_head").splitlines()
+    loss, own = said[0].removeprefix("loss ").split(", the model's own ")
+    assert abs(float(loss) - float(own.split(";")[0])) < 1e-4
+    assert said[0].endswith("logits: None")
 
 
 class Squared(transformers.LlamaForCausalLM):

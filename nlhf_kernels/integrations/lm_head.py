@@ -28,8 +28,9 @@ class _Curve(NamedTuple):
 class _Patch(NamedTuple):
     """What a patched model carries, so that a copy has it too."""
 
-    # the forward that the instance had for itself
-    before: object
+    forward: Callable
+    # that of the instance before, if it had one for itself
+    before: Callable | None
     curve: _Curve
     memory_budget: int | None
 
@@ -59,24 +60,29 @@ def patch_lm_head(model: nn.Module, *, memory_budget: int | None = None) -> None
     target = _causal(op, model)
     if target.loss_function is not ForCausalLMLoss:
         raise ValueError(f"{op}: the loss of {type(target).__name__} is not ForCausalLMLoss")
-    before = vars(target).get("forward")
-    if hasattr(target, _PATCH):
-        before = getattr(target, _PATCH).before
-        unpatch_lm_head(target)
-    setattr(target, _PATCH, _Patch(before, _measure(op, target), memory_budget))
-    # its signature is what generate and trainers look at
-    target.forward = types.MethodType(_fused(type(target).forward), target)
+    unpatch_lm_head(target)
+    forward = _fused(type(target).forward)
+    patch = _Patch(forward, vars(target).get("forward"), _measure(op, target), memory_budget)
+    setattr(target, _PATCH, patch)
+    target.forward = types.MethodType(forward, target)
 
 
 def unpatch_lm_head(model: nn.Module) -> None:
-    """The model's own forward again; again: no change."""
+    """The model's own forward again; again: no change.
+
+    Raises ``ValueError`` where something has replaced or wrapped the forward since.
+    """
     target = _causal("unpatch_lm_head", model)
-    if hasattr(target, _PATCH):
-        before = getattr(target, _PATCH).before
-        del target.forward
-        if before is not None:
-            target.forward = before
-        delattr(target, _PATCH)
+    patch = getattr(target, _PATCH, None)
+    if patch is None:
+        return
+    if getattr(vars(target).get("forward"), "__func__", None) is not patch.forward:
+        kind = type(target).__name__
+        raise ValueError(f"unpatch_lm_head: {kind}.forward was changed since: undo that first")
+    del target.forward
+    if patch.before is not None:
+        target.forward = patch.before
+    delattr(target, _PATCH)
 
 
 def token_logprobs(
@@ -112,6 +118,7 @@ def token_logprobs(
 
 
 def _fused(original: Callable) -> Callable:
+    """The forward of a class with its signature, which ``generate`` and trainers look at."""
     names = list(inspect.signature(original).parameters)[1:]
 
     @functools.wraps(original)

@@ -32,8 +32,8 @@ class MixtureLogitsProcessor(LogitsProcessor):
             beginning of a row are padding, so give it where a prompt may begin with one.
         pad_token_id: that of ``generate``; ``None``: the policy's.
 
-    Raises ``ValueError`` for two vocabularies, a coefficient out of range, a mask that does not fit
-    the rows, or a base that adapters do not leave intact.
+    Raises ``ValueError`` for an encoder-decoder, two vocabularies, a coefficient out of range, a
+    mask that does not fit the rows, or a base that adapters do not leave intact.
 
     Numerics: in the dtype of the scores (float32 in ``generate``). A score of -inf stays, whatever
     the coefficient: another processor has banned the token.
@@ -53,6 +53,8 @@ class MixtureLogitsProcessor(LogitsProcessor):
         if not (number and 0 <= mixture_coef <= 1):
             got = repr(mixture_coef)
             raise ValueError(f"{_NAME}: mixture_coef must be a number in [0, 1], got {got}")
+        if policy.config.is_encoder_decoder:
+            raise ValueError(f"{_NAME}: policy must be a decoder, got {type(policy).__name__}")
         self.mixture_coef = float(mixture_coef)
         self._model, self._layers = (policy, _adapters(policy)) if ref is None else (ref, [])
         sizes = [x.config.get_text_config().vocab_size for x in (policy, self._model)]

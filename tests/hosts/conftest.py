@@ -6,7 +6,6 @@ the variable nothing here is collected.
 
 import importlib
 import os
-import sys
 import warnings
 from pathlib import Path
 
@@ -45,25 +44,3 @@ def load(stubs):
             return importlib.import_module(name)
 
     return import_module
-
-
-@pytest.fixture
-def example(stubs):
-    """``example(name)``: what examples/<name>.py prints."""
-    import subprocess
-
-    root = Path(__file__).parents[2]
-
-    def run(name: str) -> str:
-        path = os.pathsep.join([str(root), str(STUBS)])
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", f"examples/{name}.py"],
-            cwd=root,
-            env=os.environ | {"PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout
-
-    return run

@@ -9,7 +9,7 @@ import torch
 import nlhf_kernels as nk
 from nlhf_kernels import integrations
 from tests import tiny
-from tests.test_integrations import DTYPES, V, head, ids, normal
+from tests.test_integrations import DTYPES, V, example, head, ids, normal
 
 NAMES = (
     "selective_log_softmax",
@@ -189,7 +189,7 @@ def test_a_model_with_trls_own_head_gives_the_same(utils, one_thread, monkeypatc
     assert calls
 
 
-def test_the_example_agrees(load, example):
+def test_the_example_agrees(load):
     load("trl")
     said = example("trl_ops")
     assert "largest difference from TRL's own" in said

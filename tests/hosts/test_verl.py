@@ -8,7 +8,7 @@ import torch
 from nlhf_kernels import integrations
 from tests import tiny
 from tests.hosts.test_trl import agree, runs
-from tests.test_integrations import DTYPES, V, head, ids, normal
+from tests.test_integrations import DTYPES, V, example, head, ids, normal
 
 
 @pytest.fixture
@@ -110,6 +110,6 @@ def test_a_model_that_verl_patched_runs_ours(verl, load, one_thread, backend):
     assert model.lm_head.weight.grad.abs().sum() > 0
 
 
-def test_the_example_agrees(load, example):
+def test_the_example_agrees(load):
     load("verl")
     assert float(example("verl_ops").splitlines()[-1].split(":")[1]) < 1e-5
