@@ -8,6 +8,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import nlhf_kernels as nk
 from nlhf_kernels import integrations
 from tests import tiny
 from tests.test_integrations import example
@@ -23,6 +24,8 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 MODELS = {
+    # its loss is in float32 all the same
+    "float64": tiny.llama,
     "llama": lambda: tiny.llama(dtype=torch.float32),
     "tied": lambda: tiny.gpt2(dtype=torch.float32),
     "softcap": tiny.gemma2,
@@ -95,17 +98,25 @@ class Widest(TorchDispatchMode):
         return found
 
 
-def test_no_tensor_is_as_large_as_the_logits():
+def test_no_tensor_is_as_large_as_the_logits(monkeypatch):
     model = tiny.llama(dtype=torch.float32)
     inputs = batch(60)
     size = inputs["labels"][:, 1:].numel() * tiny.V
     with Widest() as before:
         step(model, **inputs)
+    op, budgets = nk.linear_token_logprobs, []
+    monkeypatch.setattr(
+        nk,
+        "linear_token_logprobs",
+        lambda *a, **k: budgets.append(k["memory_budget"]) or op(*a, **k),
+    )
     hosts.patch_lm_head(model, memory_budget=1)
     with Widest() as after:
         step(model, **inputs)
+    hosts.token_logprobs(model, inputs["input_ids"], memory_budget=2)
     assert before.most >= size
     assert after.most < size
+    assert budgets == [1, 2]
 
 
 @pytest.mark.parametrize("name", ["llama", "softcap"])

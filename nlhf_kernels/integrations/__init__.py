@@ -1,6 +1,6 @@
 """The ops inside other codebases, with the signatures and results those have: a module a host.
 
-``trl``, ``verl``, ``openrlhf``, ``transformers``; importing one does not import its host.
+``trl``, ``verl``, ``openrlhf``, ``transformers``; only the last imports its host with it.
 """
 
 import importlib
