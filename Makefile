@@ -8,6 +8,12 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 # without their dependencies, which would change what is measured
 PEERS ?= liger-kernel==0.8.5 cut-cross-entropy==25.1.1 trl==1.13.0
+# the codebases that the drop-ins are tested in, and what importing them takes beside the project's own
+HOSTS := trl==1.16.0 verl==0.9.1 openrlhf==0.11.2
+HOSTS_TAKE := tensordict==0.10.0 ray==2.60.0 deepspeed==0.19.6 codetiming==1.4.0 omegaconf==2.4.0 \
+  pylatexenc==2.11 einops==0.8.2 pyvers==0.2.3 cloudpickle==3.1.2 msgpack==1.2.4 orjson==3.13.0 \
+  py-cpuinfo==9.0.0 hjson==3.1.0 jsonschema==4.26.0 jsonschema-specifications==2025.9.1 attrs==26.1.0 \
+  referencing==0.37.0 rpds-py==2026.9.1
 OUT ?= build/gpu
 ARGS ?=
 .DEFAULT_GOAL := help
@@ -68,6 +74,26 @@ peers: build .venv-trl/.ready  ## what the bench compares with, as far as it ins
 	.venv-trl/bin/python -m pip install -q trl==1.13.0 transformers==5.17.0 requests peft
 	touch $@
 
+# the same, with what tests need
+.venv-trl/.hosts: .venv-trl/.ready
+	.venv-trl/bin/python -m pip install -q pytest
+	touch $@
+
+# torch and transformers are those of the project; deepspeed is built, without its kernels
+.venv-hosts/.ready: $(VENV)/.ready
+	rm -rf .venv-hosts && $(PYTHON) -m venv .venv-hosts
+	purelib='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	  $(BIN)/python -c "$$purelib" > "$$(.venv-hosts/bin/python -c "$$purelib")/project.pth"
+	DS_BUILD_OPS=0 .venv-hosts/bin/python -m pip install -q --no-deps --no-build-isolation \
+	  $(HOSTS) $(HOSTS_TAKE)
+	touch $@
+
+.PHONY: hosts
+hosts: build .venv-hosts/.ready .venv-trl/.hosts  ## the drop-ins in TRL, verl and OpenRLHF themselves
+	NLHF_EXPECT_HOSTS=trl,verl,openrlhf .venv-hosts/bin/python -m pytest tests/hosts $(ARGS)
+	NLHF_EXPECT_HOSTS=trl .venv-trl/bin/python -m pytest tests/hosts/test_trl.py \
+	  tests/test_integrations_generate.py tests/test_integrations_lm_head.py $(ARGS)
+
 .PHONY: bench
 bench: peers  ## the standing run: ops, whole steps, scaling; written to docs/benchmarks.md
 	$(BIN)/python -m bench --save
@@ -126,8 +152,8 @@ docs: .venv-docs/.ready  ## the pages with the API from the docstrings, in build
 ci: lint aot test check-wheel  ## what must be green
 
 .PHONY: ci-full
-ci-full: ci docs run  ## ci, the pages and the main job
+ci-full: ci docs hosts run  ## ci, the pages, the drop-ins in their hosts and the main job
 
 .PHONY: clean
 clean:  ## everything that is built, and the environment
-	rm -rf $(VENV) .venv-trl .venv-wheel .venv-docs build dist *.egg-info nlhf_kernels/*.so
+	rm -rf $(VENV) .venv-trl .venv-hosts .venv-wheel .venv-docs build dist *.egg-info nlhf_kernels/*.so
