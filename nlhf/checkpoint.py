@@ -1,45 +1,72 @@
-"""Checkpoints: trainable weights, copies and optimiser state as safetensors, hashed, renamed.
+"""Checkpoints: trainable weights, copies and optimiser state, hashed, renamed when complete.
 
-A run needs nothing else to go on: every draw and the order of the prompts follow from the seed and
-the step.
+``torch.distributed.checkpoint`` writes them, each process its own part, as safetensors that hold
+no code. A checkpoint may be read by any number of processes, whatever lay where. A run needs
+nothing else to go on: every draw and the order of the prompts follow from the seed and the step.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from nlhf.data import replace_folder
 from nlhf.learner import Learner
 from nlhf.players import trainable
 
-_FILES = ("weights.safetensors", "optimizer.safetensors", "copies.safetensors")
+_STATE = "state.json"
+_FILE_BYTES = 2**30
+_KINDS = ("weights", "optimizer", "copies")
 
 
 def save(folder: Path, step: int, learner: Learner, keep: int) -> Path:
     """Write ``folder``/step-NNNNNN and delete all but the last ``keep``."""
-    final = folder / f"step-{step:06d}"
-    names, optimizer = trainable(learner.policy), learner.optimizer
-    state = {
-        f"{n}|{key}": torch.as_tensor(value).contiguous()
-        for n, p in names.items()
-        for key, value in optimizer.state.get(p, {}).items()
-    }
-    with replace_folder(final, marker="state.json") as new:
-        save_file({n: p.detach().contiguous() for n, p in names.items()}, new / _FILES[0])
-        save_file(state, new / _FILES[1])
-        copies = {name: x.contiguous() for name, x in _copies(learner).items()}
-        save_file(copies, new / _FILES[2])
-        hashes = {name: _sha256(new / name) for name in _FILES}
-        (new / "state.json").write_text(json.dumps({"step": step, "sha256": hashes}, indent=1))
+    final, world, engine = folder / f"step-{step:06d}", learner.world, learner.engine
+    tensors = {}
+    for name, weight in trainable(learner.policy).items():
+        tensors[f"weights|{name}"] = engine.value(weight)
+        for field, moment in engine.moments(weight).items():
+            tensors[f"optimizer|{name}|{field}"] = torch.as_tensor(moment)
+    tensors |= {f"copies|{name}": weight for name, weight in _copies(learner).items()}
+    with contextlib.ExitStack() as stack:
+        if world.main:
+            new = stack.enter_context(replace_folder(final, marker=_STATE))
+        # every process writes into the folder that the first one has made
+        place = world.first(lambda: new)
+        writer = HuggingFaceStorageWriter(str(place), _files(tensors), save_distributed=True)
+        with _alone_without_a_word():
+            dcp.save(
+                {name: x.contiguous() for name, x in tensors.items()},
+                storage_writer=writer,
+                no_dist=world.size == 1,
+            )
+        if world.main:
+            hashes = {path.name: _sha256(path) for path in sorted(place.glob("*.safetensors"))}
+            state = {"step": step, "sha256": hashes}
+            (place / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    world.first(lambda: _forget(folder, keep))
+    return final
+
+
+def _files(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """The number of the file that each goes into: one is a copy in memory while it is written."""
+    before = itertools.accumulate((x.nbytes for x in tensors.values()), initial=0)
+    return {name: n // _FILE_BYTES + 1 for name, n in zip(tensors, before, strict=False)}
+
+
+def _forget(folder: Path, keep: int) -> None:
     for old in complete(folder)[:-keep]:
         shutil.rmtree(old)
-    return final
 
 
 def complete(folder: Path) -> list[Path]:
@@ -53,45 +80,84 @@ def load(checkpoint: Path, learner: Learner) -> int:
     Raises:
         ValueError: a file is missing, damaged or of another model; nothing is changed then.
     """
+    engine = learner.engine
+    names, copies = trainable(learner.policy), _copies(learner)
     try:
-        state = json.loads((checkpoint / "state.json").read_text())
-        for name in _FILES:
-            if _sha256(checkpoint / name) != state["sha256"][name]:
-                raise ValueError(f"{name} does not match its hash")
-        weights, moments, copied = (load_file(checkpoint / name) for name in _FILES)
-        step = int(state["step"])
-        names, copies = trainable(learner.policy), _copies(learner)
-        if _shapes(weights) != _shapes(names) or _shapes(copied) != _shapes(copies):
+        # one process reads the hashes' gigabytes, and all learn what it found
+        step = learner.world.first(lambda: _checked(checkpoint))
+        reader = HuggingFaceStorageReader(str(checkpoint))
+        held = {
+            key: (tuple(kind.size), kind.properties.dtype)
+            for key, kind in reader.read_metadata().state_dict_metadata.items()
+        }
+        shapes = {kind: _shapes(held, kind) for kind in _KINDS}
+        if shapes["weights"] != {n: engine.shape(p) for n, p in names.items()} or shapes[
+            "copies"
+        ] != {n: tuple(x.shape) for n, x in copies.items()}:
             raise ValueError("its weights are those of another model or other adapters")
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        read = {f"weights|{n}": torch.zeros_like(engine.value(p)) for n, p in names.items()}
+        read |= {f"copies|{n}": torch.zeros_like(x) for n, x in copies.items()}
+        for key in shapes["optimizer"]:
+            shape, dtype = held[f"optimizer|{key}"]
+            like = read[f"weights|{key.rsplit('|', 1)[0]}"]
+            same = shape == tuple(like.shape)
+            new = torch.zeros_like(like, dtype=dtype) if same else torch.zeros(shape, dtype=dtype)
+            read[f"optimizer|{key}"] = new
+        with _alone_without_a_word():
+            dcp.load(read, storage_reader=reader, no_dist=learner.world.size == 1)
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        safetensors.SafetensorError,
+        dcp.CheckpointException,
+    ) as error:
         raise ValueError(
             f"checkpoint {checkpoint}: cannot be used: {error}; "
             "delete this folder to go on from the one before it"
         ) from None
     with torch.no_grad():
-        for name, parameter in names.items():
-            parameter.copy_(weights[name])
         for name, own in copies.items():
-            own.copy_(copied[name])
-    for key, value in moments.items():
-        name, field = key.rsplit("|", 1)
-        parameter = names[name]
-        # AdamW keeps its step counter on the CPU and its moments beside the weights
-        device = "cpu" if field == "step" else parameter.device
-        learner.optimizer.state[parameter][field] = value.to(device)
+            own.copy_(read[f"copies|{name}"])
+        for name, weight in names.items():
+            fields = {
+                key.rsplit("|", 1)[1]: x
+                for key, x in read.items()
+                if key.startswith(f"optimizer|{name}|")
+            }
+            engine.restore(weight, read[f"weights|{name}"], fields)
     return step
 
 
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple]:
-    return {name: tuple(x.shape) for name, x in tensors.items()}
+def _checked(checkpoint: Path) -> int:
+    """The number of steps, after a look at every file."""
+    state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    for name, wanted in state["sha256"].items():
+        if _sha256(checkpoint / name) != wanted:
+            raise ValueError(f"{name} does not match its hash")
+    return int(state["step"])
+
+
+def _shapes(held: dict[str, tuple], kind: str) -> dict[str, tuple]:
+    start = f"{kind}|"
+    return {key.removeprefix(start): s for key, (s, _) in held.items() if key.startswith(start)}
 
 
 def _copies(learner: Learner) -> dict[str, Tensor]:
     return {
         f"{name}|{key}": weight.detach()
         for name, copy in learner.players.copies.items()
-        for key, weight in zip(copy.names, copy.weights, strict=True)
+        for key, weight in copy.own().items()
     }
+
+
+@contextlib.contextmanager
+def _alone_without_a_word() -> Iterator[None]:
+    """A single process is told each time that it is one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load)")
+        yield
 
 
 def _sha256(path: Path) -> str:

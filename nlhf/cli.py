@@ -4,32 +4,85 @@ import argparse
 import logging
 import os
 import sys
+import time
 
-from nlhf.commands import algorithms, evaluate, fit_preference, reproduce, solve, train
+from nlhf.commands import (
+    algorithms,
+    evaluate,
+    generate,
+    info,
+    preference,
+    reproduce,
+    solve,
+    train,
+)
+from nlhf.names import nearest
 
-COMMANDS = (algorithms, evaluate, fit_preference, reproduce, solve, train)
+COMMANDS = (train, preference, generate, evaluate, solve, reproduce, algorithms, info)
 EXIT_BAD_INPUT = 2
+# seconds from the error of one process to that of another
+_PATIENCE = 5
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nlhf", description="Nash learning from human feedback on transformers."
+class _OneLine(argparse.HelpFormatter):
+    """A command and what it does on one line, also those whose names are long."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog)
+        # argparse forgets the indentation of commands when it looks for the widest
+        names = [command.__name__.rpartition(".")[2] for command in COMMANDS]
+        self._action_max_length = 4 + max(map(len, names))
+
+
+class _Parser(argparse.ArgumentParser):
+    """An unknown flag is answered with the nearest, under the usage of its command."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            known = [flag for action in self._actions for flag in action.option_strings]
+            hint = nearest(unknown[0].partition("=")[0], known)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found, unknown
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="nlhf",
+        description="Nash learning from human feedback on transformers.",
+        epilog="nlhf COMMAND --help says what a command does, with examples. Where to begin: "
+        "README.md, docs/choosing.md.",
+        formatter_class=_OneLine,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)
-    return parser
+    if words and not words[0].startswith("-") and words[0] not in commands.choices:
+        hint = nearest(words[0], commands.choices) or "; nlhf --help lists them"
+        parser.error(f"unknown command {words[0]!r}{hint}")
+    return parser.parse_args(words)
 
 
 def main(argv: list[str] | None = None) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    arguments = _parser().parse_args(argv)
+    if not sys.stderr.isatty():
+        # bars of other packages; both read this when they are imported
+        for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
+    rank = int(os.environ.get("RANK", 0))
+    # of several processes the first one talks
+    logging.basicConfig(level=logging.ERROR if rank else logging.INFO, format="%(message)s")
+    if rank:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    arguments = _parse(sys.argv[1:] if argv is None else argv)
     try:
         arguments.run(arguments)
     except BrokenPipeError:
         # who reads has read enough, as head does; what is left has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
+        if rank:
+            # the launcher ends this process meanwhile if the first one has said the same
+            time.sleep(_PATIENCE)
         sys.stderr.write(f"nlhf: {error}\n")
         sys.exit(EXIT_BAD_INPUT)
 

@@ -15,11 +15,16 @@ import yaml
 from nlhf.names import nearest
 
 
+def begins(group: str, default):
+    """A field's default; the field is the first one of a group of flags in the help."""
+    return dataclasses.field(default=default, metadata={"group": group})
+
+
 @dataclass(frozen=True)
 class Config:
     """Everything a training run depends on. The string under a field is its help."""
 
-    assets: str = ""
+    assets: str = begins("models and data", "")
     """"quickstart" fetches and builds model, prompts, preference and judge; "": the fields below"""
     model: str = ""
     """folder or hub name of the causal language model to train"""
@@ -30,13 +35,15 @@ class Config:
     eval_prompts: str = ""
     """held-out prompts for the report; "": no report at the end"""
     preference: str = ""
-    """folder of a saved preference or reward model, or "module:function" of our protocol"""
+    """folder of a preference or reward model, "module:function", or YAML file or url of a judge"""
     judge: str = ""
     """a second preference model that only judges, like preference; "": the first one judges"""
     output: str = "runs/nlhf"
-    """folder of the run: config.yaml, metrics.jsonl, checkpoints/, model/, report.md, curves.png"""
+    """folder of the run: settings, metrics, samples, checkpoints/, model/, report.md, curves.png"""
+    apply_chat_template: bool = False
+    """make prompts that are strings a user's message, in the template; messages always go there"""
 
-    algorithm: str = "nash_md_pg"
+    algorithm: str = begins("algorithm", "nash_md_pg")
     """one of those that nlhf algorithms lists, with the settings that each needs"""
     mixture_coef: float = 0.125
     """weight of the reference in the geometric mixture, in [0, 1] (beta in the paper)"""
@@ -52,13 +59,15 @@ class Config:
     """steps from one outer iteration to the next; 0: not given"""
     opponent_samples: int = 1
     """responses of the opponent that y is compared with, where y' is not the opponent's"""
+    missing_eos_penalty: float = 0.0
+    """taken from the preference for a response that does not end, and given for its opponent's"""
     copies_dtype: str = ""
     """of the reference and other frozen copies: float32, bfloat16 or float64; "": the policy's"""
     copies_device: str = ""
     """where frozen copies lie between uses: cpu for example; "": beside the policy"""
     kl: str = "reward_to_go"
     """KL estimator: reward_to_go, sequence, exact (over all ids) or token (biased)"""
-    temperature: float = 1.0
+    temperature: float = begins("sampling", 1.0)
     """sampling temperature, above 0; the trained policy is the one at this temperature"""
     top_k: int = 0
     """keep the k most likely tokens; 0: all. A filter biases the gradient"""
@@ -69,7 +78,26 @@ class Config:
     max_new_tokens: int = 64
     """longest completion, in tokens"""
 
-    steps: int = 100
+    server: str = ""
+    """url of an inference server that draws the responses of the policy; "": they are drawn here"""
+    server_engine: str = "vllm"
+    """vllm or sglang; both are asked for OpenAI's completions, sglang only if url ends in /v1"""
+    server_model: str = ""
+    """name of the model, or adapter, on the server; "": what it serves"""
+    server_key_env: str = ""
+    """environment variable that holds the server's key; "": no key"""
+    server_logprobs: str = ""
+    """its log-probabilities: raw, scaled (by temperature), processed; "": the engine's default"""
+    server_concurrency: int = 64
+    """requests to the server at once"""
+    server_timeout: float = 600.0
+    """seconds for an answer of the server"""
+    importance: str = "none"
+    """weights of policy gradients for what another distribution drew: none, token or sequence"""
+    importance_cap: float = 2.0
+    """the largest importance weight, at least 1"""
+
+    steps: int = begins("optimisation", 100)
     """optimiser steps"""
     batch_size: int = 32
     """prompts a step"""
@@ -77,6 +105,12 @@ class Config:
     """prompts a forward and backward pass; 0: batch_size"""
     gradient_checkpointing: bool = False
     """keep the layers' inputs alone and compute the rest again: less memory, same gradient"""
+    head: str = "auto"
+    """loss from hidden states (fused) or from the model's logits; auto: the faster, where it can"""
+    packing: bool = False
+    """loss without padding, all sequences of a pass in one row; needs attention in every layer"""
+    optimizer: str = "adamw"
+    """adamw, or adamw_8bit, whose moments are 8 bits wide (needs bitsandbytes)"""
     learning_rate: float = 1e-5
     """AdamW's highest learning rate"""
     warmup_steps: int = 5
@@ -86,20 +120,28 @@ class Config:
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm; 0: not clipped"""
 
-    lora_r: int = 0
+    lora_r: int = begins("adapters, precision and device", 0)
     """rank of LoRA adapters on the linear layers; 0: all weights are trained"""
     lora_alpha: int = 32
     """scale of the adapters, divided by lora_r"""
     lora_layers: int = 0
     """adapt the last so many layers; 0: all"""
+    dora: bool = False
+    """train the norms of the adapted columns too; slower"""
     dtype: str = "float32"
     """of the model: float32, bfloat16 or float64 (adapters are float32 over bfloat16)"""
+    master_weights: bool = False
+    """the optimiser keeps bfloat16 weights in float32 too, so that no small step is lost"""
     device: str = "auto"
     """auto: a GPU if there is one; or cpu, cuda, cuda:1"""
+    parallel: str = "auto"
+    """how processes share the work: ddp, fsdp2 or zero3; auto: as accelerate launch says, or ddp"""
+    gather: str = "model"
+    """what a rollout of sharded weights has whole: the model, or, slowly, a layer at a time"""
     trust_remote_code: bool = False
     """let transformers run code that comes with the model"""
 
-    eval_every: int = 10
+    eval_every: int = begins("measurements, checkpoints and reporting", 10)
     """steps between measurements against the reference on a few held-out prompts; 0: never"""
     eval_samples: int = 32
     """held-out prompts of these measurements"""
@@ -109,14 +151,30 @@ class Config:
     """steps between checkpoints; 0: none"""
     keep_checkpoints: int = 2
     """how many checkpoints are kept"""
+    report_to: str = "auto"
+    """tensorboard, wandb, trackio, with commas between; none; auto: tensorboard if installed"""
+    push_to_hub: str = ""
+    """name on the hub, user/model, that the trained model is uploaded to at the end; "": none"""
+    hub_private: bool = False
+    """make it private if it is new there"""
     seed: int = 0
     """seed of the prompts' order, of every draw and of the adapters"""
 
     def __post_init__(self):
-        _check(self, _LIMITS, _CHOICES)
+        check(self, _LIMITS, _CHOICES)
+        if self.dora and not self.lora_r:
+            raise ValueError("config: dora needs adapters, got lora_r 0; set lora_r")
+        # adapters are float32 as they are
+        halved = self.dtype == "bfloat16" and not self.lora_r
+        if self.master_weights and not (halved and self.optimizer == "adamw"):
+            raise ValueError(
+                "config: master_weights needs dtype 'bfloat16', lora_r 0 and optimizer 'adamw', "
+                f"got {self.dtype!r}, {self.lora_r} and {self.optimizer!r}; leave it off"
+            )
 
 
 _TINY = 1e-30
+DTYPES = ("float32", "bfloat16", "float64")
 _LIMITS = (
     ("mixture_coef", 0, 1, "in [0, 1]"),
     ("mixture_coef_last", -1, 1, "in [0, 1], or -1"),
@@ -125,11 +183,15 @@ _LIMITS = (
     ("ema_decay", 0, 1, "in [0, 1]"),
     ("inner_steps", 0, math.inf, "at least 0"),
     ("opponent_samples", 1, math.inf, "at least 1"),
+    ("missing_eos_penalty", 0, 1e30, "at least 0 and finite"),
     ("temperature", _TINY, 1e30, "above 0 and finite"),
     ("top_k", 0, 2**63 - 1, "at least 0"),
     ("top_p", _TINY, 1, "in (0, 1]"),
     ("min_p", 0, 1, "in [0, 1]"),
     ("max_new_tokens", 1, math.inf, "at least 1"),
+    ("server_concurrency", 1, 4096, "in 1 to 4096"),
+    ("server_timeout", 1e-3, 1e6, "above 0 and finite"),
+    ("importance_cap", 1, math.inf, "at least 1"),
     ("steps", 0, math.inf, "at least 0"),
     ("batch_size", 1, math.inf, "at least 1"),
     ("micro_batch_size", 0, math.inf, "at least 0"),
@@ -150,8 +212,15 @@ _LIMITS = (
 _CHOICES = {
     "assets": ("", "quickstart"),
     "kl": ("reward_to_go", "sequence", "token", "exact"),
-    "dtype": ("float32", "bfloat16", "float64"),
-    "copies_dtype": ("", "float32", "bfloat16", "float64"),
+    "head": ("auto", "fused", "logits"),
+    "optimizer": ("adamw", "adamw_8bit"),
+    "server_engine": ("vllm", "sglang"),
+    "server_logprobs": ("", "raw", "scaled", "processed"),
+    "importance": ("none", "token", "sequence"),
+    "dtype": DTYPES,
+    "copies_dtype": ("", *DTYPES),
+    "gather": ("model", "layer"),
+    "parallel": ("auto", "ddp", "fsdp2", "zero3"),
 }
 
 
@@ -162,7 +231,7 @@ class FitConfig:
     Built-in ones have names that end in ``-preference``.
     """
 
-    trunk: str = ""
+    trunk: str = begins("model and data", "")
     """folder or hub name of the language model that reads the texts"""
     pairs: str = ""
     """training pairs: a .jsonl, .jsonl.gz or .parquet file, or a hub name with its #split"""
@@ -171,7 +240,7 @@ class FitConfig:
     output: str = "runs/preference"
     """folder of the model, what --preference of the other commands reads"""
 
-    kind: str = "pairwise"
+    kind: str = begins("what reads the texts, and how", "pairwise")
     """pairwise reads both responses (need not be transitive); reward is Bradley-Terry"""
     template: str = ""
     """text around {prompt}, {first} and {second}, or {prompt} and {response}; "": one of ours"""
@@ -188,7 +257,7 @@ class FitConfig:
     skip_long: bool = False
     """leave out pairs that are too long all the same, instead of refusing them"""
 
-    epochs: int = 1
+    epochs: int = begins("optimisation", 1)
     """passes over the pairs (trainable trunk)"""
     batch_size: int = 16
     """pairs a step (trainable trunk)"""
@@ -196,7 +265,7 @@ class FitConfig:
     """AdamW's highest learning rate, warmed up over a tenth of the steps (trainable trunk)"""
     l2: float = 0.1
     """weight of half the squared norm of the head on standardised features (frozen trunk)"""
-    limit: int = 0
+    limit: int = begins("run", 0)
     """read at most so many pairs of each data set; 0: all"""
     dtype: str = "float32"
     """of the trunk: float32, bfloat16 or float64"""
@@ -206,7 +275,7 @@ class FitConfig:
     """seed of the pairs' order and of dropout"""
 
     def __post_init__(self):
-        _check(self, _FIT_LIMITS, _FIT_CHOICES)
+        check(self, _FIT_LIMITS, _FIT_CHOICES)
 
 
 _FIT_LIMITS = (
@@ -222,12 +291,13 @@ _FIT_LIMITS = (
 _FIT_CHOICES = {
     "kind": ("pairwise", "reward"),
     "pooling": ("last", "mean"),
-    "dtype": _CHOICES["dtype"],
+    "dtype": DTYPES,
 }
 BUILT_IN = (Path(__file__).parent / "configs", Path(__file__).parent / "recipes")
 
 
-def _check(config, limits: tuple, choices: dict) -> None:
+def check(config, limits: tuple, choices: dict) -> None:
+    """ValueError for a field outside (name, lowest, highest, what it must be), or its choices."""
     for name, low, high, wanted in limits:
         value = getattr(config, name)
         if not low <= value <= high:
@@ -257,17 +327,20 @@ def field_help(kind: type = Config) -> dict[str, str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser, kind: type = Config) -> None:
-    """One flag a field; a flag that is not given stays out of the namespace."""
+    """One flag a field, in groups; a flag that is not given stays out of the namespace."""
+    group = parser
     for field in dataclasses.fields(kind):
+        if "group" in field.metadata:
+            group = parser.add_argument_group(field.metadata["group"])
         text = field_help(kind)[field.name].replace("%", "%%")
         default = repr(field.default) if field.default == "" else field.default
         options = {"help": f"{text} (default: {default})", "default": argparse.SUPPRESS}
         flag = "--" + field.name.replace("_", "-")
         if field.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         else:
             metavar = field.type.__name__.upper()
-            parser.add_argument(flag, type=field.type, metavar=metavar, **options)
+            group.add_argument(flag, type=field.type, metavar=metavar, **options)
 
 
 def load(source: str, overrides: dict | None = None, kind: type = Config):
@@ -283,8 +356,8 @@ def load(source: str, overrides: dict | None = None, kind: type = Config):
 def built_in(kind: type = Config) -> dict[str, Path]:
     """The files of the built-in configurations of a kind, by name."""
     paths = {path.stem: path for folder in BUILT_IN for path in folder.glob("*.yaml")}
-    fits = kind is FitConfig
-    return {name: paths[name] for name in sorted(paths) if name.endswith("-preference") == fits}
+    whose = {n: FitConfig if n.endswith("-preference") else Config for n in sorted(paths)}
+    return {name: paths[name] for name in whose if whose[name] is kind}
 
 
 def _read(source: str, kind: type) -> dict:
@@ -295,7 +368,7 @@ def _read(source: str, kind: type) -> dict:
     except OSError as error:
         raise ValueError(
             f"config: cannot read {source}: {error.strerror}{nearest(source, known)}; give a YAML "
-            f"file or one of: {', '.join(known)}"
+            f"file{' or one of: ' * bool(known)}{', '.join(known)}"
         ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         first = " ".join(str(error).split())
@@ -330,10 +403,10 @@ def _typed(name: str, value, kind: type, source: str):
     raise ValueError(f"config: {name} in {source} must be a {kind.__name__}, got {value!r}")
 
 
-def dump(config: Config | FitConfig) -> str:
+def dump(config) -> str:
     """Every field as YAML."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
-def save(config: Config | FitConfig, path: Path) -> None:
+def save(config, path: Path) -> None:
     path.write_text(dump(config), encoding="utf-8")

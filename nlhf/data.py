@@ -13,6 +13,7 @@ A source is a .jsonl, .jsonl.gz or .parquet file, or a data set of the hub: ``na
 import contextlib
 import gzip
 import json
+import logging
 import math
 import os
 import shutil
@@ -138,6 +139,20 @@ def render_prompt(prompt: Text, tokenizer: Any, **template) -> str:
         raise ValueError(
             f"render_prompt: the chat template refuses the messages: {error}"
         ) from error
+
+
+def as_messages(prompts: list[Text]) -> list[Text]:
+    """Every string as one message of the user, which ``render_prompt`` puts into the template."""
+    return [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+
+
+def note_plain_prompts(prompts: list[Text], tokenizer: Any) -> None:
+    """A line in the log where strings are continued as they are by a model that has a template."""
+    if getattr(tokenizer, "chat_template", None) and any(isinstance(p, str) for p in prompts):
+        logging.getLogger(__name__).info(
+            "the tokenizer has a chat template, which prompts that are plain strings do not go "
+            "through: give apply_chat_template if the model should see them as a user's message"
+        )
 
 
 def plain_text(text: Text) -> str:

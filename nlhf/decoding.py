@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +103,8 @@ class Batch:
     the reference, which reads all rows. ``sampling`` goes to ``nk.mixture_sample``. With
     ``graphs`` all but the first token is a recorded step that touches static tensors only, and the
     batch can be started again; it is never made smaller: a recording has one shape, and what it
-    mostly reads, the weights, is read whatever the rows.
+    mostly reads, the weights, is read whatever the rows. ``together`` is told whether a row is left
+    and says whether to go on: where processes run a model together, each runs it as often as all.
     """
 
     def __init__(
@@ -115,8 +117,10 @@ class Batch:
         pad: int,
         sampling: dict[str, Any],
         graphs: Graphs | None = None,
+        together: Callable[[bool], bool] | None = None,
     ):
         self._decoders, self._whole, self._graphs = decoders, sizes, graphs
+        self._together = together
         self._T, self._length = max_new_tokens, length
         self._eos, self._pad, self._sampling = eos, pad, sampling
         self._every = LOOK_EVERY.get(eos.device.type, _LOOK_EVERY)
@@ -143,7 +147,8 @@ class Batch:
                 last = self._step == self._T
                 if (last or self._step % self._every == 0) and (not self._look(rows) or last):
                     break
-                if not self._graphs and sum(self._left) <= _COMPACT_AT * sum(self._sizes):
+                fixed = self._graphs or self._together
+                if not fixed and sum(self._left) <= _COMPACT_AT * sum(self._sizes):
                     self._compact()
                 step = self._replay if self._graphs else self._read_tokens
         n = int(self._mask.any(1).sum())
@@ -285,7 +290,8 @@ class Batch:
                 "the models"
             )
         self._looked = self._step
-        return sum(self._left) > 0
+        goes_on = sum(self._left) > 0
+        return self._together(goes_on) if self._together else goes_on
 
     def _spans(self) -> list[slice]:
         ends = itertools.accumulate(self._sizes, initial=0)

@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import statistics
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -10,7 +12,11 @@ from torch import Tensor
 
 import nlhf_kernels as nk
 from nlhf import losses
+from nlhf.distributed import World
 from nlhf.parts import Parts, plain, seeds
+from nlhf.tracking import Sample
+
+Together = Callable[[bool], bool] | None
 
 QUICK, REPORT = -1, -2
 _BATCH = 64
@@ -33,40 +39,73 @@ def _grams(words: list[str], n: int):
     return itertools.zip_longest(*(words[i : len(words) - n + 1 + i] for i in range(n)))
 
 
-def quick(parts: Parts) -> dict[str, float]:
-    """The training preference against the reference, and the KL, on a few held-out prompts."""
-    prompts = parts.eval_prompts[: parts.config.eval_samples]
-    ids = list(range(len(prompts)))
-    draw = seeds(parts.config.seed, QUICK, ids, parts.device)
-    with torch.no_grad():
-        pair = parts.generate_pair(prompts, draw, mixture_coef=1.0)
-        wins = parts.preference(plain(prompts), parts.decode(pair.y), parts.decode(pair.y_other))
-    kl = (pair.y.policy_logprobs - pair.y.ref_logprobs).sum(-1)
-    return {"preference_vs_ref": wins.mean().item(), "kl_eval": kl.mean().item()}
+def quick(parts: Parts, together: Together = None) -> tuple[dict[str, float], list[Sample]]:
+    """The training preference against the reference, and the KL, on a few held-out prompts.
+
+    Beside the figures, everything that was drawn for them.
+    """
+    count = min(len(parts.eval_prompts), parts.config.eval_samples)
+    found: list[tuple[Sample, float]] = []
+    for ids, ours in _rounds(parts.world, count, count):
+        prompts = [parts.eval_prompts[i] for i in ids]
+        draw = seeds(parts.config.seed, QUICK, ids, parts.device)
+        with torch.no_grad():
+            pair = parts.generate_pair(prompts, draw, mixture_coef=1.0, together=together)
+            texts = [plain(prompts), parts.decode(pair.y), parts.decode(pair.y_other)]
+            wins = parts.preference(*texts)
+        kl = (pair.y.policy_logprobs - pair.y.ref_logprobs).sum(-1)
+        if ours:
+            rows = zip(*texts, wins.tolist(), strict=True)
+            found += zip((Sample(*row) for row in rows), kl.tolist(), strict=True)
+    found = parts.world.gather(found)
+    samples = [sample for sample, _ in found]
+    figures = {
+        "preference_vs_ref": statistics.fmean(sample.preference for sample in samples),
+        "kl_eval": statistics.fmean(kl for _, kl in found),
+    }
+    return figures, samples
+
+
+def _rounds(world: World, count: int, size: int) -> Iterator[tuple[list[int], bool]]:
+    """This process's prompts out of ``count``, at most ``size`` at once, and whether they count.
+
+    All processes have equally many rounds, since some models run only where all run them.
+    """
+    mine = list(world.share(range(count)))
+    for start in range(0, -(-count // world.size), size):
+        yield mine[start : start + size] or [0], start < len(mine)
 
 
 @torch.no_grad()
-def report(parts: Parts, model: torch.nn.Module) -> dict:
-    """Every figure of the final table, with five samples; ``model`` is the trained policy."""
+def report(parts: Parts, model: torch.nn.Module, together: Together = None) -> dict:
+    """Every figure of the final table, with five samples; ``model`` is the trained policy.
+
+    Each process answers its share of the prompts; all of them return the whole. ``together`` as in
+    ``rollout.generate``.
+    """
     prompts = parts.eval_prompts[: parts.config.report_samples]
     shown = plain(prompts)
     columns: dict[str, list[Tensor]] = {}
     texts: list[str] = []
     texts_ref: list[str] = []
-    for start in range(0, len(prompts), _BATCH):
-        ids = list(range(start, min(start + _BATCH, len(prompts))))
+    for ids, ours in _rounds(parts.world, len(prompts), _BATCH):
         batch = [prompts[i] for i in ids]
         draw = seeds(parts.config.seed, REPORT, ids, parts.device)
-        pair = parts.generate_pair(batch, draw, policy=model, mixture_coef=1.0)
+        how = {"mixture_coef": 1.0, "together": together}
+        pair = parts.generate_pair(batch, draw, policy=model, **how)
         y, y_ref = parts.decode(pair.y), parts.decode(pair.y_other)
         rows = _rows(parts, model, pair) | {
             "win_judge": parts.judge([shown[i] for i in ids], y, y_ref),
             "win_preference": parts.preference([shown[i] for i in ids], y, y_ref),
         }
+        if not ours:
+            continue
         for name, values in rows.items():
             columns.setdefault(name, []).append(values.detach().cpu())
         texts += y
         texts_ref += y_ref
+    columns = _joined(parts.world.gather([columns]))
+    texts, texts_ref = parts.world.gather(texts), parts.world.gather(texts_ref)
     data = {name: torch.cat(pieces) for name, pieces in columns.items()}
     result = {name: estimate(data[name]) for name in ("win_judge", "win_preference", "kl")}
     for side, side_texts in (("trained", texts), ("reference", texts_ref)):
@@ -87,6 +126,12 @@ def report(parts: Parts, model: torch.nn.Module) -> dict:
     return result
 
 
+def _joined(columns: list[dict[str, list[Tensor]]]) -> dict[str, list[Tensor]]:
+    """Those of every process; one without prompts brings none."""
+    full = [own for own in columns if own]
+    return {name: [x for own in full for x in own[name]] for name in full[0]}
+
+
 def _rows(parts: Parts, model, pair) -> dict[str, Tensor]:
     """(n,) columns: KL at the sampling temperature; length and negative log-likelihood at 1."""
     rows = {"kl": (pair.y.policy_logprobs - pair.y.ref_logprobs).sum(-1)}
@@ -101,6 +146,14 @@ def _rows(parts: Parts, model, pair) -> dict[str, Tensor]:
 
 def table(result: dict) -> str:
     """The report as Markdown."""
+    lines = measures(result)
+    lines += ["", "| prompt | reference | trained |", "|---|---|---|"]
+    lines += [f"| {' | '.join(map(_cell, sample))} |" for sample in result["samples"]]
+    return "\n".join(lines) + "\n"
+
+
+def measures(result: dict) -> list[str]:
+    """The lines of the report that hold figures, and what the run noticed of itself."""
     before, after = result["reference"], result["trained"]
     win, same, kl = (result[k] for k in ("win_judge", "win_preference", "kl"))
     judge = "judge unseen in training" if result["judge_unseen"] else "which training used"
@@ -121,10 +174,7 @@ def table(result: dict) -> str:
     if "lexicon" in after:
         lines.append(f"| lexicon score | {before['lexicon']:.3f} | {after['lexicon']:.3f} |")
     found = result.get("findings", [])
-    lines += [""] * bool(found) + [f"* step {f['step']}: {f['text']}" for f in found]
-    lines += ["", "| prompt | reference | trained |", "|---|---|---|"]
-    lines += [f"| {' | '.join(map(_cell, sample))} |" for sample in result["samples"]]
-    return "\n".join(lines) + "\n"
+    return lines + [""] * bool(found) + [f"* step {f['step']}: {f['text']}" for f in found]
 
 
 def _pm(value: tuple[float, float], digits: int = 3) -> str:

@@ -4,13 +4,14 @@ import contextlib
 import functools
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import nlhf_kernels as nk
-from nlhf import algorithms, losses, memory, parts
+from nlhf import algorithms, engines, importance, losses, memory, optimizers, parts, serving
 from nlhf.algorithms import Phase
 from nlhf.parts import Parts, plain
 from nlhf.players import Players, trainable
@@ -28,33 +29,54 @@ class Learner:
     algorithm is that of the configuration.
 
     Raises:
-        ValueError: the algorithm lacks a setting, or a reward.
+        ValueError: the algorithm lacks a setting, or a reward, or the optimiser a package.
     """
 
     def __init__(self, pieces: Parts):
-        c = pieces.config
-        self.parts = pieces
+        c, world = pieces.config, pieces.world
+        self.parts, self.world = pieces, world
         self.policy = pieces.policy
         self.algorithm = algorithms.check(c)
+        if c.batch_size % world.size:
+            raise ValueError(
+                f"config: batch_size must be a multiple of the {world.size} processes, got "
+                f"{c.batch_size}"
+            )
+        if pieces.engine == "zero3" and self.algorithm.copies:
+            raise ValueError(
+                f"config: {c.algorithm} keeps copies of the policy, which zero3 does not know: "
+                "take parallel = 'fsdp2'"
+            )
         self.players = Players(
             self.algorithm,
             pieces.policy,
             getattr(torch, c.copies_dtype) if c.copies_dtype else None,
             c.copies_device or None,
         )
-        self.optimizer = torch.optim.AdamW(
-            trainable(pieces.policy).values(),
-            lr=c.learning_rate,
-            weight_decay=c.weight_decay,
-            # one weight after the other, as is the default there, takes two copies of the largest
-            fused=pieces.device.type == "cpu" or None,
-        )
+        # after the copies, since what an engine has taken over cannot be copied
+        self.engine = engines.ENGINES[pieces.engine](pieces.policy, world, c.gather == "layer")
+        self._trunks = parts.trunks(pieces.preference, pieces.judge)
+        for model in (pieces.ref, *self.copies.values(), *self._trunks):
+            if model is not None:
+                self.engine.shard(model)
+        self.optimizer = optimizers.build(c, self.algorithm, trainable(pieces.policy).values())
+        self.engine.prepare(self.optimizer, c.max_grad_norm or math.inf)
+        self._forward = {"head": c.head, "packing": c.packing}
         self._reward = as_reward(pieces.preference) if self.algorithm.reward else None
 
     @property
     def copies(self) -> dict[str, nn.Module]:
         """The frozen copies as models, "ema" the averaged weights for example."""
         return {name: copy.model for name, copy in self.players.copies.items()}
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Inside it all that a measurement runs has its weights here."""
+        with (
+            self.engine.decoding(self.policy, self.parts.ref),
+            self.engine.gathered(*self._trunks),
+        ):
+            yield
 
     def step(self, step: int) -> dict[str, float]:
         """Step number ``step``, counted from 0; returns its metrics.
@@ -65,23 +87,28 @@ class Learner:
         c = self.parts.config
         phase, ended = self.algorithm.phase(step, c.inner_steps)
         clock = Clock(self.parts.device)
-        ids = prompt_ids(c.seed, step, c.batch_size, len(self.parts.prompts))
+        everybody = prompt_ids(c.seed, step, c.batch_size, len(self.parts.prompts))
+        ids = self.world.share(everybody)
         prompts = [self.parts.prompts[i % len(self.parts.prompts)] for i in ids]
         with clock("generate"):
             pair, judges = self.generate(phase, prompts, ids, step)
         with clock("prefer"):
             wins, other_wins = self.prefer(prompts, pair, judges)
+            preferred = wins.double().sum().item()
+            wins, other_wins = self.penalised(wins, other_wins, pair, judges)
 
         results = []
-        size = c.micro_batch_size or c.batch_size
+        size = c.micro_batch_size or len(wins)
         for start in range(0, len(wins), size):
             rows = slice(start, start + size)
             lean = memory.recomputing(self.policy, c.gradient_checkpointing)
-            with clock("lose"), memory.untied(self.policy), lean:
-                other = None if other_wins is None else other_wins[rows]
-                result = self.lose(phase, pair.rows(rows), wins[rows], other)
-            with clock("differentiate"):
-                (result.loss * (len(wins[rows]) / len(wins))).backward()
+            apart = memory.untied(self.policy) if self.engine.alone else contextlib.nullcontext()
+            with self.engine.part(last=start + size >= len(wins)):
+                with clock("lose"), apart, lean:
+                    other = None if other_wins is None else other_wins[rows]
+                    result = self.lose(phase, pair.rows(rows), wins[rows], other)
+                with clock("differentiate"):
+                    self.engine.backward(result.loss * (len(wins[rows]) / len(wins)))
             results.append(result)
         with clock("update"):
             norm = self.update(step)
@@ -89,19 +116,28 @@ class Learner:
             self.players.advance(phase, ended, c.ema_decay, seed)
 
         tokens = pair.y.mask.sum().item()
-        both = tokens + sum(x.mask.sum().item() for x in (pair.y_other, *judges))
-        summed = {
-            name: sum(getattr(r, name).sum().item() for r in results) for name in ("kl", "entropy")
-        }
+        names = ("kl", "entropy")
+        total = self.world.sum(
+            {
+                "rows": len(wins),
+                "preference": preferred,
+                "ended": self.ended(pair.y).sum().item(),
+                "tokens": tokens,
+                "drawn": tokens + sum(x.mask.sum().item() for x in (pair.y_other, *judges)),
+            }
+            | {name: sum(getattr(r, name).sum().item() for r in results) for name in names}
+        )
         return {
             "step": step + 1,
-            "preference": wins.mean().item(),
-            "kl": summed["kl"] / len(wins),
-            "entropy": summed["entropy"] / tokens,
-            "length": tokens / len(wins),
+            "preference": total["preference"] / total["rows"],
+            "ended": total["ended"] / total["rows"],
+            "kl": total["kl"] / total["rows"],
+            "entropy": total["entropy"] / total["tokens"],
+            "length": total["tokens"] / total["rows"],
             "grad_norm": norm.item(),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "tokens_per_second": both / sum(clock.seconds.values()),
+            "tokens_per_second": total["drawn"] / sum(clock.seconds.values()),
+            **self._of_weights(results),
             **{f"seconds_{phase}": seconds for phase, seconds in clock.seconds.items()},
         }
 
@@ -124,13 +160,22 @@ class Learner:
                 for name, n in zip(who, counts, strict=False)
             ]
             draw = parts.seeds(c.seed, step, ids, self.parts.device)
-            pair, judges = self.parts.generate(prompts, sides, draw, check=step == 0)
+            models = {id(side.model): side.model for side in sides}
+            stack.enter_context(self.engine.decoding(*models.values(), self.parts.ref))
+            how = {"check": step == 0, "together": self.engine.together}
+            pair, judges = self.parts.generate(prompts, sides, draw, served=bool(c.server), **how)
         return pair, judges
 
     def prefer(
         self, prompts: list, pair: Pair, judges: list[Completion]
     ) -> tuple[Tensor, Tensor | None]:
         """(B,) what the loss takes for y, and for y' if it takes something."""
+        with self.engine.gathered(*self._trunks):
+            return self._prefer(prompts, pair, judges)
+
+    def _prefer(
+        self, prompts: list, pair: Pair, judges: list[Completion]
+    ) -> tuple[Tensor, Tensor | None]:
         shown, device = plain(prompts), self.parts.device
         y, y_other = self.parts.decode(pair.y), self.parts.decode(pair.y_other)
         if self._reward is not None:
@@ -148,6 +193,36 @@ class Learner:
         ]
         return tuple(w.view(-1, n).mean(1).to(device) for w in wins)
 
+    def penalised(
+        self, wins: Tensor, other_wins: Tensor | None, pair: Pair, judges: list[Completion]
+    ) -> tuple[Tensor, Tensor | None]:
+        """What ``prefer`` found, with ``missing_eos_penalty`` for responses that do not end.
+
+        Their own preference sinks by it and that over them rises: of two players the one gets what
+        the other pays. A loss of pairs takes probabilities, so there nobody gets below 0 or above
+        1; of a reward, what a response pays is taken from it.
+        """
+        penalty = self.parts.config.missing_eos_penalty
+        if not penalty:
+            return wins, other_wins
+        y, y_other = self.ended(pair.y), self.ended(pair.y_other)
+        if other_wins is not None:
+            # each is compared with the same responses of the opponent
+            against = self.ended(judges[0]).view(len(y), -1).mean(1)
+            found = wins + penalty * (y - against), other_wins + penalty * (y_other - against)
+        else:
+            found = wins + penalty * (y - y_other), None
+        if self.algorithm.loss != "pg":
+            found = tuple(None if x is None else x.clamp(0, 1) for x in found)
+        return found
+
+    def ended(self, completion: Completion) -> Tensor:
+        """(R,) float32: 1 for responses whose own last token is one that ends, else 0."""
+        count = completion.mask.sum(-1, keepdim=True)
+        last = completion.tokens.gather(1, (count - 1).clamp(min=0))
+        ends = torch.tensor(self.parts.end_tokens(), device=last.device)
+        return (torch.isin(last, ends) & (count > 0))[:, 0].float()
+
     def lose(self, phase: Phase, pair: Pair, wins: Tensor, other_wins: Tensor | None) -> Any:
         """The loss of a micro-batch, with what the metrics read."""
         c, a = self.parts.config, self.algorithm
@@ -155,30 +230,53 @@ class Learner:
         names = [name for name, _ in phase.anchors]
         if a.loss == "pg":
             anchored = dict(zip(names, strengths, strict=True))
-            return losses.nash_md_pg(
-                self.policy,
-                self.parts.ref,
-                pair,
-                wins,
-                tau=anchored.pop("ref", 0.0),
-                temperature=c.temperature,
-                kl=c.kl,
-                anchors=[(self._logprobs(n, pair, pair.y), w) for n, w in anchored.items()],
-            )
+            settings = {
+                "tau": anchored.pop("ref", 0.0),
+                "temperature": c.temperature,
+                "kl": c.kl,
+                "anchors": [(self._logprobs(n, pair, pair.y), w) for n, w in anchored.items()],
+                **self._forward,
+            }
+            loss = losses.nash_md_pg
+            if c.importance != "none":
+                loss, settings["importance"] = importance.corrected_pg, self._weights(pair)
+            return loss(self.engine.policy, self.parts.ref, pair, wins, **settings)
         both = (pair.y, pair.y_other)
         parameters = {name: getattr(c, name) for name in nk.PAIR_METHODS[a.loss].parameters}
         if not nk.PAIR_METHODS[a.loss].anchors:
             parameters["weights"] = strengths
         return losses.contrast(
-            self.policy,
+            self.engine.policy,
             pair,
             wins,
             other_wins,
             method=a.loss,
             anchors=[tuple(self._logprobs(name, pair, x) for x in both) for name in names],
             temperature=c.temperature,
+            **self._forward,
             **parameters,
         )
+
+    def _weights(self, pair: Pair) -> importance.ImportanceWeights:
+        c, y = self.parts.config, pair.y
+        # only what a server drew comes without the mass that was kept: y' too is the policy's then
+        other = pair.y_other if pair.y_other.log_kept_mass is None else None
+        return importance.weights(
+            y.policy_logprobs,
+            y.sampling_logprobs,
+            y.mask,
+            level=c.importance,
+            cap=c.importance_cap,
+            other=other,
+        )
+
+    def _of_weights(self, results: list) -> dict[str, float]:
+        c = self.parts.config
+        if c.importance == "none":
+            return {}
+        # of all processes, without their graphs
+        everybody = self.world.gather([r._replace(loss=r.loss.detach()) for r in results])
+        return importance.metrics(everybody, c.importance, serving.sampling(c, ()).filtered)
 
     def _logprobs(self, name: str, pair: Pair, completion: Completion) -> Tensor:
         """Of y or y' under an anchor."""
@@ -188,22 +286,22 @@ class Learner:
         if name == self.algorithm.sampler and completion.policy_logprobs is not None:
             return completion.policy_logprobs
         with self.players.model(name) as model:
-            return losses.frozen_logprobs(model, pair, completion, self.parts.config.temperature)
+            return losses.frozen_logprobs(
+                model, pair, completion, self.parts.config.temperature, **self._forward
+            )
 
     def update(self, step: int) -> Tensor:
         """The optimiser's step; the norm of the gradient before it was clipped."""
         c = self.parts.config
-        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(weights, c.max_grad_norm or math.inf)
+        for group in self.optimizer.param_groups:
+            group["lr"] = c.learning_rate * rate(step, c.warmup_steps, c.steps)
+        norm = self.engine.norm()
         if not norm.isfinite():
             raise ValueError(
                 f"train: the gradient of step {step + 1} is not finite; go on from the last "
                 "checkpoint with --resume, or start again with a lower learning_rate"
             )
-        for group in self.optimizer.param_groups:
-            group["lr"] = c.learning_rate * rate(step, c.warmup_steps, c.steps)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.engine.step()
         return norm
 
 

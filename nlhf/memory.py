@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nlhf import policy as policies
+
 
 @contextlib.contextmanager
 def recomputing(model: nn.Module, enabled: bool = True) -> Iterator[None]:
@@ -48,10 +50,13 @@ def untied(model: nn.Module) -> Iterator[None]:
 
     Autograd would hold it until that of the embeddings is there, and then make a third of the size
     for the sum. For ``backward()``: ``torch.autograd.grad`` misses the head's part. Without effect
-    on a model whose embeddings are not tied, or not trained.
+    on a model whose embeddings are not tied, not trained, or sharded.
     """
-    head, embed = model.get_output_embeddings(), model.get_input_embeddings()
+    inner = policies.bare(model)
+    head, embed = inner.get_output_embeddings(), inner.get_input_embeddings()
     plain = isinstance(head, nn.Linear) and isinstance(embed, nn.Embedding)
+    # a sharded weight is gathered under the name that it has
+    plain = plain and type(head.weight) is nn.Parameter
     if not plain or head.weight is not embed.weight or not embed.weight.requires_grad:
         yield
         return

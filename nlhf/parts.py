@@ -1,6 +1,7 @@
 """What a run is made of: models, tokenizer, prompts, preference and judge."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 import nlhf_kernels as nk
-from nlhf import data, policy, preference, rollout
+from nlhf import data, losses, policy, preference, rollout, serving
 from nlhf.config import Config
+from nlhf.distributed import ALONE, World, engine_name, join
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,9 @@ class Parts:
     judge: preference.Preference
     lexicon: Callable[[str], float] | None
     device: torch.device
+    world: World = ALONE
+    engine: str = ""
+    """of nlhf.engines.ENGINES"""
 
     def encode(self, prompts: list) -> tuple[Tensor, Tensor]:
         return encode(self.tokenizer, prompts, self.device)
@@ -36,6 +41,10 @@ class Parts:
     def end_tokens(self) -> list[int]:
         return end_tokens(self.policy, self.tokenizer)
 
+    @functools.cached_property
+    def server(self) -> serving.Server:
+        return serving.from_config(self.config)
+
     def generate_pair(self, prompts: list, seeds: Tensor, policy=None, **settings) -> rollout.Pair:
         """y of a policy and y' of its mixture; ``settings`` override those of the configuration."""
         policy = self.policy if policy is None else policy
@@ -44,9 +53,18 @@ class Parts:
         return self.generate(prompts, sides, seeds, **settings)[0]
 
     def generate(
-        self, prompts: list, sides: list[rollout.Side], seeds: Tensor, **settings
+        self,
+        prompts: list,
+        sides: list[rollout.Side],
+        seeds: Tensor,
+        *,
+        served: bool = False,
+        **settings,
     ) -> tuple[rollout.Pair, list[rollout.Completion]]:
-        """y and y' of the first two sides for each prompt, and the responses of the other sides."""
+        """y and y' of the first two sides for each prompt, and the responses of the other sides.
+
+        ``served``: those of the policy without a mixture come from the server.
+        """
         c = self.config
         chosen = {
             "max_new_tokens": c.max_new_tokens,
@@ -58,8 +76,34 @@ class Parts:
             "pad_token_id": self.tokenizer.pad_token_id,
         }
         ids = self.encode(prompts)
-        y, y_other, *more = rollout.generate(sides, self.ref, *ids, seed=seeds, **chosen | settings)
+        elsewhere = [served and x.model is self.policy and not x.mixture_coef for x in sides]
+        here = [side for side, there in zip(sides, elsewhere, strict=True) if not there]
+        drawn = iter(())
+        if here:
+            drawn = iter(rollout.generate(here, self.ref, *ids, seed=seeds, **chosen | settings))
+        y, y_other, *more = [
+            self._served(ids, nk.fold_in(seeds, s), side.n_samples) if elsewhere[s] else next(drawn)
+            for s, side in enumerate(sides)
+        ]
         return rollout.Pair(*ids, y, y_other), more
+
+    def _served(self, ids: tuple[Tensor, Tensor], seeds: Tensor, n: int) -> rollout.Completion:
+        """The server's responses, with what the policy and the reference say of them now."""
+        y = self.server.complete(
+            *ids,
+            serving.sampling(self.config, self.end_tokens()),
+            seeds=seeds,
+            n_samples=n,
+            pad_token_id=self.tokenizer.pad_token_id,
+            vocabulary=policy.vocabulary(self.policy),
+        )
+        pair = rollout.Pair(*(x.repeat_interleave(n, 0) for x in ids), y, y)
+        c, rows = self.config, torch.arange(len(pair.input_ids), device=pair.input_ids.device)
+        pieces = [pair.rows(index) for index in rows.split(c.micro_batch_size or len(rows))]
+        how = {"head": c.head, "packing": c.packing}
+        scores = [losses.score(self.policy, self.ref, x, x.y, c.temperature, **how) for x in pieces]
+        own, ref = map(torch.cat, zip(*scores, strict=True))
+        return dataclasses.replace(y, policy_logprobs=own, ref_logprobs=ref)
 
 
 def encode(tokenizer, prompts: list, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -100,7 +144,9 @@ def seeds(run_seed: int, stream: int, ids: list[int], device: torch.device) -> T
 
 def device_of(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # one of several processes has a GPU of its own
+        here = ("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else ("cpu",)
+        return torch.device(*here)
     try:
         device = torch.device(name)
         torch.empty(0, device=device).tolist()
@@ -111,7 +157,12 @@ def device_of(name: str) -> torch.device:
 
 
 def build(config: Config) -> Parts:
-    """Load everything that the configuration names; the seed fixes the adapters' first values."""
+    """Load everything that the configuration names; the seed fixes the adapters' first values.
+
+    As one of the processes of a launcher, where there is one.
+    """
+    # before the first look at a device: each process has its own
+    join()
     if config.assets == "quickstart":
         return _quickstart(config)
     for name in ("model", "prompts", "preference"):
@@ -145,19 +196,55 @@ def _quickstart(config: Config) -> Parts:
 
 
 def _assemble(config, device, prompts, eval_prompts, opinion, judge, lexicon) -> Parts:
-    dtype = getattr(torch, config.dtype)
-    code = {"trust_remote_code": config.trust_remote_code}
-    tokenizer = policy.load_tokenizer(config.model, **code)
-    model = policy.load_model(config.model, dtype, device, **code)
+    tokenizer = policy.load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    if config.apply_chat_template:
+        prompts, eval_prompts = data.as_messages(prompts), data.as_messages(eval_prompts)
+    elif not config.assets:
+        data.note_plain_prompts(prompts, tokenizer)
+    model = trained_model(config, device)
     ref = None
     if config.ref or not config.lora_r:
         frozen = getattr(torch, config.copies_dtype or config.dtype)
+        code = {"trust_remote_code": config.trust_remote_code}
         ref = policy.load_model(config.ref or config.model, frozen, device, **code)
         policy.check_same_vocabulary(model, ref)
         ref.requires_grad_(False).eval()
+    return Parts(
+        config,
+        model,
+        ref,
+        tokenizer,
+        prompts,
+        eval_prompts,
+        opinion,
+        judge,
+        lexicon,
+        device,
+        join(),
+        engine_name(config.parallel),
+    )
+
+
+def trained_model(config: Config, device: torch.device) -> torch.nn.Module:
+    """The policy before its first step."""
+    dtype = getattr(torch, config.dtype)
+    code = {"trust_remote_code": config.trust_remote_code}
+    model = policy.load_model(config.model, dtype, device, **code)
     if config.lora_r:
         torch.manual_seed(config.seed)
-        model = policy.lora(model, config.lora_r, config.lora_alpha, config.lora_layers)
-    return Parts(
-        config, model, ref, tokenizer, prompts, eval_prompts, opinion, judge, lexicon, device
-    )
+        model = policy.lora(
+            model, config.lora_r, config.lora_alpha, config.lora_layers, config.dora
+        )
+    return model
+
+
+def trunks(*preferences) -> list[torch.nn.Module]:
+    """The language models that preferences are made of, each once."""
+    found = {}
+    for opinion in preferences:
+        while not hasattr(opinion, "trunk") and hasattr(opinion, "preference"):
+            opinion = opinion.preference
+        trunk = getattr(opinion, "trunk", None)
+        if trunk is not None:
+            found[id(trunk)] = trunk
+    return list(found.values())

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import nlhf_kernels as nk
 from nlhf.algorithms import Algorithm, Phase
@@ -32,12 +33,21 @@ class Copy:
         model = copy.deepcopy(policy, {id(x): x for x in shared})
         own = trainable(model)
         self.model = model.requires_grad_(False).eval()
-        self.weights = list(own.values())
         self.names = list(own)
         self._here = _device(policy)
         self._home = torch.device(device) if device is not None else self._here
-        for weight in self.weights:
+        for weight in own.values():
             weight.data = weight.data.to(self._home, dtype or weight.dtype)
+
+    def own(self) -> dict[str, nn.Parameter]:
+        """What is the copy's alone, by name; looked up, for an engine puts its own in place."""
+        parameters = dict(self.model.named_parameters())
+        return {name: parameters[name] for name in self.names}
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """The values of ``own``."""
+        return list(self.own().values())
 
     @contextlib.contextmanager
     def present(self) -> Iterator[nn.Module]:
@@ -61,11 +71,17 @@ class Copy:
     def average(self, weights: Sequence[Tensor], decay: float, seed: int) -> None:
         """own <- decay own + (1 - decay) weights, without bias where the copy is in bfloat16."""
         with self.present(), torch.no_grad():
-            nk.ema_update_(self.weights, list(weights), decay=decay, seed=seed)
+            # where processes share the weights out, each has the same part of both
+            own, new = ([_local(x) for x in xs] for xs in (self.weights, weights))
+            nk.ema_update_(own, new, decay=decay, seed=seed)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _local(weight: Tensor) -> Tensor:
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -122,30 +122,26 @@ def _line(error: Exception) -> str:
 # ---- adapters and the reference
 
 
-def lora(model: nn.Module, r: int, alpha: float, last_layers: int = 0) -> nn.Module:
+def lora(
+    model: nn.Module, r: int, alpha: float, last_layers: int = 0, dora: bool = False
+) -> nn.Module:
     """LoRA adapters (Hu et al. 2021), float32, on every linear of the last layers; 0: of all.
 
-    The model is changed in place and comes back inside a PeftModel: only adapters are trainable.
+    With ``dora`` the norms of the columns are trained too (Liu et al. 2024). The model is changed
+    in place and comes back inside a PeftModel: only adapters are trainable.
     """
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
-    count = model.config.get_text_config().num_hidden_layers
+    stack, place = layers(model)
+    count = len(stack)
     if r < 1 or not 0 <= last_layers <= count:
         raise ValueError(
             f"lora: r must be at least 1 and last_layers in [0, {count}], got {r} and {last_layers}"
         )
-    stacks = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    if not stacks:
-        raise ValueError(f"lora: found no list of {count} layers in {type(model).__name__}")
-    stack = model.get_submodule(stacks[0])
     first = count - (last_layers or count)
     linears = {
-        f"{stacks[0]}.{i}.{name}": module
+        f"{place}.{i}.{name}": module
         for i in range(first, count)
         for name, module in stack[i].named_modules()
         if isinstance(module, nn.Linear | Conv1D)
@@ -153,6 +149,7 @@ def lora(model: nn.Module, r: int, alpha: float, last_layers: int = 0) -> nn.Mod
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
+        use_dora=dora,
         target_modules=list(linears),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in linears.values()),
         task_type="CAUSAL_LM",
@@ -163,6 +160,34 @@ def lora(model: nn.Module, r: int, alpha: float, last_layers: int = 0) -> nn.Mod
             "ignore", message=".*gradient_checkpointing", category=FutureWarning
         )
         return get_peft_model(model, config, autocast_adapter_dtype=True)
+
+
+def layers(model: nn.Module) -> tuple[nn.ModuleList, str]:
+    """The list of a model's transformer layers, and its name; ValueError if there is none."""
+    count = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module, name
+    raise ValueError(f"policy: found no list of {count} layers in {type(model).__name__}")
+
+
+def mixed_names(model: nn.Module, rows: int) -> list[str] | None:
+    """For twice ``rows`` rows the adapter of each: first the policy's, then none, for its base.
+
+    ``None`` where peft runs no such batch: more or less than one adapter, DoRA, merged adapters.
+    """
+    inner, layers = bare(model), _adapter_layers(model)
+    # adapters that transformers has put in, without a PeftModel, know of no such batch
+    if not hasattr(inner, "get_base_model") or len(inner.active_adapters) != 1 or not layers:
+        return None
+    names = [*inner.active_adapters * rows, *["__base__"] * rows]
+    try:
+        # what peft itself asks each layer before it runs one; the layers of some kinds never do
+        for layer in layers:
+            layer._check_forward_args(names, adapter_names=names)
+    except (AttributeError, TypeError, ValueError):
+        return None
+    return names
 
 
 def _adapter_layers(model: nn.Module) -> list[nn.Module]:
@@ -179,7 +204,7 @@ class AdaptersOff(AbstractContextManager):
 
     def __init__(self, model: nn.Module):
         self._layers = _adapter_layers(model)
-        configs = getattr(model, "peft_config", {}).values()
+        configs = getattr(bare(model), "peft_config", {}).values()
         outside = any(config.is_prompt_learning for config in configs)
         if (
             outside
@@ -219,7 +244,7 @@ def reference(policy: nn.Module, ref: nn.Module | None) -> tuple[nn.Module, Abst
 
 
 def has_adapters(model: nn.Module) -> bool:
-    return bool(getattr(model, "peft_config", None)) or bool(_adapter_layers(model))
+    return bool(getattr(bare(model), "peft_config", None)) or bool(_adapter_layers(model))
 
 
 def check_same_vocabulary(policy: nn.Module, ref: nn.Module) -> None:
@@ -233,7 +258,7 @@ def check_same_vocabulary(policy: nn.Module, ref: nn.Module) -> None:
 
 
 def vocabulary(model: nn.Module) -> int:
-    return model.config.get_text_config().vocab_size
+    return bare(model).config.get_text_config().vocab_size
 
 
 # ---- running a model
@@ -288,32 +313,73 @@ def positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """The model of transformers or peft inside of what distributes it, ``model`` if nothing does.
+
+    To look at, not to run: the wrapper's forward pass is the one that its hooks belong to.
+    """
+    inner = model
+    while inner is not None and not hasattr(inner, "get_output_embeddings"):
+        inner = getattr(inner, "module", None)
+    return model if inner is None else inner
+
+
+def class_name(model: nn.Module) -> str:
+    """Of the model inside of wrappers and adapters."""
+    inner = bare(model)
+    base = getattr(inner, "get_base_model", None)
+    return type(base() if base else inner).__name__
+
+
+def run(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor,
+    keep: int | Tensor,
+    cache: Any = None,
+    **more,
+) -> Tensor:
+    """Logits (B, T, V) of the last ``keep`` columns, or of these columns, as the model has them.
+
+    A model that does not know ``logits_to_keep`` returns those of all. ``cache`` is a transformers
+    cache that the call reads and extends; ``more`` goes to the model.
+    """
+    return model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=cache is not None,
+        logits_to_keep=keep,
+        **more,
+    ).logits
+
+
+def kept(x: Tensor, keep: int | Tensor) -> Tensor:
+    """The columns (B, T, ...) that ``run`` was asked for."""
+    # slicing none off would cost a copy
+    if isinstance(keep, int):
+        return x if x.shape[1] == keep else x[:, -keep:]
+    return x if x.shape[1] == len(keep) else x[:, keep]
+
+
 def last_logits(
     model: nn.Module,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor,
-    count: int,
+    count: int | Tensor,
     cache: Any = None,
+    **more,
 ) -> Tensor:
-    """Logits (B, count, V) of the last ``count`` columns, in the dtype of the model.
-
-    ``cache`` is a transformers cache that the call reads and extends.
-    """
-    head = model.get_output_embeddings()
+    """Logits (B, T, V) of the last ``count`` columns, or of these columns, as in ``run``."""
+    head = bare(model).get_output_embeddings()
     # a slice of the hidden states is not contiguous, and that makes a bf16 head slow on the CPU
     hook = head.register_forward_pre_hook(_contiguous) if head else contextlib.nullcontext()
     with hook:
-        logits = model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            logits_to_keep=count,
-        ).logits
-    # a model that does not know logits_to_keep returns all; slicing none off would cost a copy
-    return logits if logits.shape[1] == count else logits[:, -count:]
+        logits = run(model, input_ids, attention_mask, position_ids, count, cache, **more)
+    return kept(logits, count)
 
 
 def _contiguous(module: nn.Module, inputs: tuple) -> tuple:

@@ -3,10 +3,10 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from nlhf.data import Preferences
 from nlhf.preference import Preference, PreferenceModel
+from nlhf.progress import Progress
 
 
 def preference_loss(logits: Tensor, probability: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def _fit_all(
     model.train()
     with (
         torch.random.fork_rng(devices),
-        tqdm(total=steps, desc="preference", disable=not progress) as bar,
+        Progress("preference, steps", steps, show=progress) as bar,
     ):
         torch.manual_seed(seed)
         for step in range(steps):
@@ -118,8 +118,7 @@ def _fit_all(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             losses.append(loss.item())
-            bar.set_postfix(loss=f"{losses[-1]:.4f}")
-            bar.update()
+            bar.advance(text=f"loss {losses[-1]:.4f}")
     model.eval()
     return losses
 

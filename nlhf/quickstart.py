@@ -29,7 +29,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nlhf.data import Preferences, replace_folder
 from nlhf.preference import CONFIG, JoinPrompt, Preference, RewardModel, as_preference, load_trunk
@@ -403,7 +402,7 @@ def _hash(salt: str, text: str) -> float:
 @contextlib.contextmanager
 def _phase(text: str) -> Iterator[None]:
     """A line on stderr when a phase begins, and its seconds when it ends."""
-    tqdm.write(f"quickstart: {text} ...", file=sys.stderr)
+    sys.stderr.write(f"quickstart: {text} ...\n")
     start = time.monotonic()
     yield
-    tqdm.write(f"quickstart: {text}: {time.monotonic() - start:.1f} s", file=sys.stderr)
+    sys.stderr.write(f"quickstart: {text}: {time.monotonic() - start:.1f} s\n")

@@ -42,6 +42,6 @@ def _reward(preference: Callable) -> Callable:
         name = getattr(preference, "__name__", type(preference).__name__)
         raise ValueError(
             f"reward: {name} is a preference without a reward(prompts, responses); give a "
-            "RewardModel (nlhf fit-preference --kind reward)"
+            "RewardModel (nlhf preference --kind reward)"
         )
     return preference.reward

@@ -5,7 +5,7 @@ Legend: P prompts of width L, R rows (responses), T tokens, V vocabulary.
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -136,6 +136,7 @@ def generate(
     with_ref: bool = True,
     check: bool = False,
     cuda_graphs: bool | Graphs = False,
+    together: Callable[[bool], bool] | None = None,
 ) -> list[Completion]:
     """Responses of each side to each prompt, one token at a time from the geometric mixture.
 
@@ -160,6 +161,9 @@ def generate(
         cuda_graphs: record the step of a token as a CUDA graph and play it back, for models with
             full attention through sdpa in every layer. True records anew in every call; a
             ``Graphs`` that is given to call after call records once, and keeps its buffers.
+        together: for a model that several processes run together, a layer's weights gathered at a
+            time: asked at every look whether any process has a row left, so that all of them run
+            the model equally often. Not with ``cuda_graphs``.
 
     Returns:
         One Completion a side, T the same for all; sample k of prompt p at row p * n_samples + k.
@@ -180,6 +184,8 @@ def generate(
         readers.append(policies.reference((peft or models)[0], ref))
     _check_fit([model for model, _ in readers], input_ids, attention_mask, max_new_tokens)
     graphs = _check_graphs(cuda_graphs, readers, input_ids.device, check)
+    if graphs and together:
+        raise ValueError("generate: cuda_graphs cannot wait for others; leave together out")
     eos = torch.tensor(policies.end_tokens(models[0], eos_token_id), device=input_ids.device)
     pad = policies.pad_token(models[0], pad_token_id)
 
@@ -197,7 +203,7 @@ def generate(
 
     def new_batch() -> Batch:
         decoders = [Decoder(*reader, length, bool(graphs)) for reader in readers]
-        return Batch(decoders, sizes, max_new_tokens, length, eos, pad, sampling, graphs)
+        return Batch(decoders, sizes, max_new_tokens, length, eos, pad, sampling, graphs, together)
 
     if graphs:
         # all that a recording has baked in; the models themselves, so that none of them dies

@@ -2,23 +2,33 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
-import logging
-import math
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-from nlhf import algorithms, checkpoint, config, diagnosis, evaluate, parts, plots, policy
+from nlhf import (
+    algorithms,
+    checkpoint,
+    config,
+    diagnosis,
+    distributed,
+    evaluate,
+    model_card,
+    parts,
+    plots,
+    policy,
+    tracking,
+)
 from nlhf.config import Config
 from nlhf.learner import Learner
+from nlhf.players import trainable
 
 # what may differ between a run and its continuation: none of it changes the weights
 _FREE = {"output", "device", "eval_every", "eval_samples", "report_samples"}
-_FREE |= {"checkpoint_every", "keep_checkpoints", "gradient_checkpointing"}
+_FREE |= {"parallel", "gather", "checkpoint_every", "keep_checkpoints", "gradient_checkpointing"}
+_FREE |= {"server", "server_key_env", "server_concurrency", "server_timeout"}
+_FREE |= {"report_to", "push_to_hub", "hub_private"}
 
 
 def run(settings: Config, resume: bool = False) -> dict:
@@ -34,26 +44,30 @@ def run(settings: Config, resume: bool = False) -> dict:
 
     Raises:
         ValueError: bad input; the output folder holds another run, or one without ``resume``.
+        model_card.PushError: the run is whole and saved, but not on the hub.
     """
-    output = Path(settings.output)
+    output, world = Path(settings.output), distributed.join()
     algorithms.check(settings)
-    _claim(output, settings, resume)
+    tracking.trackers(settings.report_to)
+    model_card.check_hub_name(settings.push_to_hub)
+    world.first(lambda: _claim(output, settings, resume))
     pieces = parts.build(settings)
     learner = Learner(pieces)
-    output.mkdir(parents=True, exist_ok=True)
-    if not _started(output):
-        config.save(settings, output / "config.yaml")
-    saved = checkpoint.complete(output / "checkpoints")
+    world.first(lambda: _open(output, settings))
+    saved = world.first(lambda: checkpoint.complete(output / "checkpoints"))
     done = checkpoint.load(saved[-1], learner) if saved else 0
-    metrics = _keep_metrics(output / "metrics.jsonl", done)
+    metrics = world.first(lambda: _keep_metrics(output / "metrics.jsonl", done))
+    world.first(lambda: _keep_metrics(output / "samples.jsonl", done))
     found = diagnosis.history(metrics, settings)
-    with Log(output, settings.algorithm, done, settings.steps) as log:
+    with tracking.Log(output, settings, done) if world.main else tracking.Quiet() as log:
         for step in range(done, settings.steps):
-            row = learner.step(step)
+            row, samples = learner.step(step), []
             every = settings.eval_every
             if every and pieces.eval_prompts and (step + 1) % every == 0:
-                row |= evaluate.quick(pieces)
-            log(row)
+                with learner.gathered():
+                    figures, samples = evaluate.quick(pieces, learner.engine.together)
+                row |= figures
+            log(row, samples)
             metrics.append(row)
             for finding in diagnosis.diagnose(metrics, settings):
                 if finding.name not in {before.name for before in found}:
@@ -64,72 +78,65 @@ def run(settings: Config, resume: bool = False) -> dict:
                 keep = settings.keep_checkpoints
                 folder = output / "checkpoints"
                 checkpoint.save(folder, step + 1, learner, keep)
-    return _finish(learner, metrics, output, found)
-
-
-def _finish(learner: Learner, metrics: list[dict], output: Path, found: list) -> dict:
-    pieces = learner.parts
-    plots.curves(metrics, output / "curves.png")
-    policy.save(pieces.policy, pieces.tokenizer, output / "model")
-    if "ema" in learner.copies:
-        with learner.players.model("ema") as averaged:
-            policy.save(averaged, pieces.tokenizer, output / "model-ema")
-    if not pieces.eval_prompts:
-        return {}
-    # what is reported is what was saved
-    dtype = getattr(torch, pieces.config.dtype)
-    trained = policy.load_model(output / "model", dtype, pieces.device)
-    with contextlib.ExitStack() as stack:
-        if pieces.ref is None:
-            stack.enter_context(pieces.policy.disable_adapter())
-            pieces = dataclasses.replace(pieces, ref=pieces.policy)
-        result = evaluate.report(pieces, trained)
-    result["findings"] = [dataclasses.asdict(finding) for finding in found]
-    evaluate.save(result, output)
+    result = _finish(learner, metrics, output, found)
+    world.first(lambda: _write_cards(output, settings, result))
+    # the others have nothing left to wait for
+    if settings.push_to_hub and world.main:
+        model_card.push(output / "model", settings.push_to_hub, settings.hub_private)
     return result
 
 
-class Log:
-    """Metrics as JSON lines, as a progress bar, and for TensorBoard where it is installed."""
+def _write_cards(output: Path, settings: Config, result: dict) -> None:
+    for folder in sorted(output.glob("model*")):
+        model_card.write(folder, settings, result)
 
-    def __init__(self, output: Path, title: str, done: int, steps: int):
-        self._file = (output / "metrics.jsonl").open("a", encoding="utf-8")
-        self._bar = tqdm(total=steps, initial=done, desc=title, unit="step")
-        self._board = None
-        if importlib.util.find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(output / "tensorboard")
-        self._versus = math.nan
+def _open(output: Path, settings: Config) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    if not _started(output):
+        config.save(settings, output / "config.yaml")
 
-    def __enter__(self):
-        return self
 
-    def __exit__(self, *_):
-        self._bar.close()
-        self._file.close()
-        if self._board:
-            self._board.close()
+def _finish(learner: Learner, metrics: list[dict], output: Path, found: list) -> dict:
+    pieces, world = learner.parts, learner.world
+    world.first(lambda: plots.curves(metrics, output / "curves.png"))
+    _save(learner, trainable(pieces.policy), pieces.policy, output / "model")
+    if "ema" in learner.copies:
+        with learner.players.model("ema") as averaged:
+            own = learner.players.copies["ema"].own()
+            _save(learner, own, averaged, output / "model-ema")
+    if not pieces.eval_prompts:
+        return {}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(learner.gathered())
+        trained = pieces.policy
+        if learner.engine.whole:
+            # what is reported is what was saved
+            dtype = getattr(torch, pieces.config.dtype)
+            trained = policy.load_model(output / "model", dtype, pieces.device)
+            if pieces.ref is None:
+                stack.enter_context(policy.AdaptersOff(pieces.policy))
+                pieces = dataclasses.replace(pieces, ref=pieces.policy)
+        result = evaluate.report(pieces, trained, learner.engine.together)
+    result["findings"] = [dataclasses.asdict(finding) for finding in found]
+    world.first(lambda: evaluate.save(result, output))
+    return result
 
-    def __call__(self, row: dict[str, float]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        if self._board:
-            for name, value in row.items():
-                self._board.add_scalar(name, value, row["step"])
-        self._versus = row.get("preference_vs_ref", self._versus)
-        phases = {k.removeprefix("seconds_"): v for k, v in row.items() if "seconds_" in k}
-        self._bar.set_postfix_str(
-            f"P {row['preference']:.3f}, vs ref {self._versus:.3f}, KL {row['kl']:.2f}, "
-            f"entropy {row['entropy']:.2f}, {row['tokens_per_second']:.0f} tokens/s, "
-            + " ".join(f"{name} {seconds:.1f}s" for name, seconds in phases.items())
+
+def _save(learner: Learner, weights: dict, model: torch.nn.Module, folder: Path) -> None:
+    """``model``, whose ``weights`` training has changed; by the first process, with the others."""
+    pieces, engine = learner.parts, learner.engine
+    if not engine.whole:
+        # a model that no engine has taken over, to lay the whole weights into, one at a time
+        model = (
+            parts.trained_model(pieces.config, torch.device("cpu")) if learner.world.main else None
         )
-        self._bar.update()
-
-    def warn(self, finding: diagnosis.Finding) -> None:
-        # above the bar, which is drawn again below it
-        with logging_redirect_tqdm():
-            logging.getLogger(__name__).warning("step %d: %s", finding.step, finding.text)
+        whole = dict(model.named_parameters()) if model else {}
+        for name, weight in weights.items():
+            value = engine.full(weight)
+            if model:
+                whole[name].data.copy_(value)
+    learner.world.first(lambda: policy.save(model, pieces.tokenizer, folder))
 
 
 def _claim(output: Path, settings: Config, resume: bool) -> None:
@@ -170,7 +177,8 @@ def _keep_metrics(path: Path, done: int) -> list[dict]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    # a text may hold characters that splitlines takes for the end of one
+    for line in path.read_text(encoding="utf-8").split("\n"):
         # a line that was cut short by a kill is one that the checkpoint does not cover
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))

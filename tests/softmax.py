@@ -68,8 +68,8 @@ def actions(texts) -> Tensor:
 def pieces(game, reward: Tensor | None = None, **settings) -> parts.Parts:
     """What a learner is made of, for a ``tabular.MatrixGame`` with contexts."""
     X, Y = game.preference.shape[:2]
-    # all pairs of a context are one batch
-    settings = {"micro_batch_size": 10**6} | settings
+    # all pairs of a context are one batch; an exact learner weighs the gradients of logits
+    settings = {"micro_batch_size": 10**6, "head": "logits"} | settings
     c = config.Config(max_new_tokens=1, tau=game.tau, warmup_steps=0, max_grad_norm=0, **settings)
     log_ref = game.log_ref.expand(X, Y)
     ref = model(log_ref).requires_grad_(False)

@@ -134,7 +134,7 @@ def test_the_logits_of_y_alone_are_made_and_overwritten():
     pair, preference = made(model, ref)
     seen = []
     model.register_forward_hook(lambda _, args, output: seen.append(output.logits))
-    result = losses.nash_md_pg(model, ref, pair, preference, tau=0.1)
+    result = losses.nash_md_pg(model, ref, pair, preference, tau=0.1, head="logits")
     assert seen[0].shape == (*pair.y.tokens.shape, tiny.V)
     assert seen[0].is_contiguous()
     before = seen[0].detach().clone()
@@ -188,6 +188,6 @@ def test_logits_of_the_reference_are_gone_before_those_of_the_policy():
     ref.register_forward_hook(lambda _, args, output: seen.append(weakref.ref(output.logits)))
     model.register_forward_pre_hook(lambda *_: seen.append(seen[0]()))
     either = Pair(pair.input_ids, pair.attention_mask, y, y)
-    losses.nash_md_pg(model, ref, either, preference, tau=0.1)
+    losses.nash_md_pg(model, ref, either, preference, tau=0.1, head="logits")
     assert len(seen) == 2
     assert seen[1] is None

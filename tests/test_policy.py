@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nlhf import policy, rollout
+from nlhf import config as configs
+from nlhf import losses, policy, rollout
 from nlhf.rollout import Completion, Pair, Side
 from tests import tiny
 
@@ -198,3 +199,90 @@ def test_bad_completions_and_pairs():
         Completion(tokens, mask, ref_logprobs=torch.zeros(2, 2))
     with pytest.raises(ValueError, match="one row each"):
         Pair(*PROMPTS, y, y.rows(slice(0, 1)))
+
+
+# ---- DoRA, and both passes in one batch
+
+
+@pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dora_with_its_adapters_off_is_the_base(build, dtype):
+    base = build(0, dtype)
+    model = policy.lora(build(0, dtype), 2, 4, dora=True).eval()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert any("magnitude" in name for name in trained)
+    assert {p.dtype for p in trained.values()} <= {torch.float32, dtype} - {torch.bfloat16}
+    x = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        on = model(x).logits
+        with policy.AdaptersOff(model):
+            assert torch.equal(model(x).logits, base(x).logits)
+        assert not torch.allclose(on, base(x).logits, rtol=0.1)
+        assert torch.equal(model(x).logits, on)
+
+
+def test_dora_is_a_setting_that_needs_adapters():
+    assert configs.from_dict({"dora": True, "lora_r": 2}, "test").dora
+    with pytest.raises(ValueError, match="dora needs adapters, got lora_r 0; set lora_r"):
+        configs.from_dict({"dora": True}, "test")
+
+
+def dora(seed=0):
+    model = policy.lora(tiny.llama(seed), 2, 4, dora=True).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+# how many forward passes each takes
+SCORED = {
+    "lora": (lambda: tiny.with_lora(tiny.llama(0)), 1),
+    "lora, some layers": (lambda: tiny.with_lora(tiny.gpt2(0), last_layers=1), 1),
+    "lora, training": (lambda: tiny.with_lora(tiny.gpt2(0)).train(), 1),
+    "dora": (dora, 2),
+    "no adapters": (lambda: tiny.llama(0), 2),
+}
+
+
+@pytest.mark.parametrize("head", ["fused", "logits"])
+@pytest.mark.parametrize("name", SCORED)
+def test_policy_and_reference_in_one_batch_where_peft_allows(name, head, one_thread):
+    build, passes = SCORED[name]
+    model = build()
+    ref = tiny.llama(1) if name == "no adapters" else None
+    ids, mask = tiny.prompts([3, 6, 2])
+    settings = {"mixture_coef": 0.3, "max_new_tokens": 7, "seed": 1, "eos_token_id": [2, 30, 31]}
+    pair = rollout.generate_pair(model, ref, ids, mask, **settings)
+    training = [module.training for module in model.modules()]
+    calls = []
+    for one in filter(None, (model, ref)):
+        one.register_forward_hook(lambda *_: calls.append(1))
+    both = losses.score(model, ref, pair, pair.y_other, head=head)
+    assert len(calls) == passes
+    torch.testing.assert_close(both[0], pair.y_other.policy_logprobs, check_dtype=False)
+    torch.testing.assert_close(both[1], pair.y_other.ref_logprobs, check_dtype=False)
+    assert (both[0] - both[1]).abs().max() > 0.1
+    assert not any(x.requires_grad for x in both)
+    assert [module.training for module in model.modules()] == training
+
+
+def test_merged_adapters_and_a_second_adapter_take_a_pass_each(one_thread):
+    merged, two = tiny.with_lora(tiny.llama(0)), tiny.with_lora(tiny.llama(0))
+    assert policy.mixed_names(two, 2) == ["default", "default", "__base__", "__base__"]
+    merged.merge_adapter()
+    two.add_adapter("other", two.peft_config["default"])
+    two.base_model.set_adapter(["default", "other"])
+    for model in (merged, two, tiny.llama(0)):
+        assert policy.mixed_names(model, 2) is None
+
+
+def test_a_score_needs_a_reference():
+    ids, mask = PROMPTS
+    with_one = Completion(torch.full((2, 3), 4), torch.ones(2, 3, dtype=torch.bool))
+    pair = Pair(ids, mask, with_one, with_one)
+    with pytest.raises(ValueError, match="ref must be a model when the policy is not a PEFT"):
+        losses.score(tiny.llama(0), None, pair, with_one)

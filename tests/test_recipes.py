@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nlhf import cli, config, data, preference
-from nlhf.commands import fit_preference
+from nlhf.commands import preference as command
 from nlhf.config import Config, FitConfig
 from tests import tiny
 
@@ -169,7 +169,7 @@ def test_a_recipe_runs_from_its_pairs_to_its_report(hub, model, tmp_path, name):
     chosen = config.load(f"{name}-preference", kind=FitConfig)
     # two batches of pairs
     small = {"trunk": model, "output": str(tmp_path / "preference"), "batch_size": 5}
-    result = fit_preference.fit(dataclasses.replace(chosen, device="cpu", **small))
+    result = command.fit(dataclasses.replace(chosen, device="cpu", **small))
     assert result["pairs"] == 10
     assert result["held_out"]["pairs"] == 10
     saved = preference.load_preference(tmp_path / "preference")
@@ -213,7 +213,7 @@ def test_unknown_names_and_splits_end_in_one_line(hub, capsys, tmp_path):
     assert "do you mean tldr?" in bad(capsys, "train", "--config", "tldrr")
     line = bad(capsys, "train", "--config", "tldr-preference")
     assert "one of: dialogue, question-answering, quickstart, tldr" in line
-    line = bad(capsys, "fit-preference", "--config", "dialog-preference")
+    line = bad(capsys, "preference", "--config", "dialog-preference")
     assert "do you mean dialogue-preference?" in line
     with pytest.raises(ValueError, match="Unknown split 'trian'"):
         data.read_prompts("trl-lib/tldr#trian")

@@ -108,7 +108,7 @@ def test_where_no_reward_fits_the_others_go_on(tmp_path, capsys):
         (["dice", "--tau", "-1"], "tau must be a number, at least 0 and finite, got -1.0"),
         (["dice", "--ref", "0.5,0.5"], "one probability for each of the 3 actions"),
         (["dice", "--ref", "a,b"], "--ref must be numbers with commas between, got 'a,b'"),
-        (["dice", "--iterations", "0"], "--iterations must be at least 1, got 0"),
+        (["dice", "--iterations", "0"], "iterations must be at least 1, got 0"),
         (["dice", "--output", "plot.txt"], "--output must end in .png, .pdf or .svg"),
         (["dice", "--output", "/nowhere/at/all.png"], "there is no folder /nowhere/at"),
         (["missing.csv"], "missing.csv"),

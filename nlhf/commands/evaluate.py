@@ -2,29 +2,44 @@
 
 import argparse
 import collections
-import difflib
+import dataclasses
 import gc
 import json
 import re
 import sys
-import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from nlhf import config, progress
+from nlhf.commands import common, models
+from nlhf.commands.settings import EvaluateConfig
+
 COMPLETIONS = "completions.jsonl"
-_MODEL, _ADAPTER = "config.json", "adapter_config.json"
+DESCRIPTION = (
+    "Compare any set of models and completions: the win rate of each against every other under a "
+    "preference model, with intervals and a heat map, intransitive triples, and the equilibrium "
+    "over the models. All answer the same prompts; what a model answers is kept, and can stand for "
+    "it the next time."
+)
+EXAMPLES = """\
+  nlhf evaluate runs/quickstart runs/nash-mp --preference my-preference --prompts held_out.jsonl
+  nlhf evaluate before=hub-name after=runs/mine/model human=answers.jsonl \\
+      --preference my_package.judge:prefer --prompts held_out.jsonl --samples 512
+  nlhf evaluate evaluation/completions/*.jsonl --preference another-preference --output again"""
 
 
 def add(commands) -> None:
-    parser = commands.add_parser(
+    parser = common.add_parser(
+        commands,
         "evaluate",
-        help="compare models, or completions, under a preference model",
-        description="The win rate of every model against every other under a preference model, "
-        "with intervals, intransitive triples and the equilibrium over the models.",
+        "compare models, or completions, under a preference model",
+        DESCRIPTION,
+        EXAMPLES,
+        "docs/recipes.md",
     )
-    add_flag = parser.add_argument
-    add_flag(
+    common.add_config(parser, EvaluateConfig, "[NAME=]PATH [NAME=]PATH ...")
+    parser.add_argument(
         "contestants",
         nargs="+",
         metavar="[NAME=]PATH",
@@ -32,30 +47,7 @@ def add(commands) -> None:
         f".jsonl or .parquet file with prompt and completion, a folder with {COMPLETIONS}, a data "
         "set of the hub with its #split)",
     )
-    add_flag(
-        "--preference",
-        default="",
-        help='folder of a saved preference or reward model, or "module:function" of our protocol',
-    )
-    add_flag(
-        "--prompts",
-        default="",
-        help="a .jsonl, .jsonl.gz or .parquet file, or a hub name with its #split (default: the "
-        "prompts of the contestants that are completions)",
-    )
-    add_flag("--samples", type=int, default=256, help="prompts, the first ones (default: 256)")
-    add_flag("--max-new-tokens", type=int, default=64, help="longest completion (default: 64)")
-    add_flag("--temperature", type=float, default=1.0, help="of sampling (default: 1.0)")
-    add_flag(
-        "--dtype",
-        default="float32",
-        choices=("float32", "bfloat16", "float64"),
-        help="of the models (default: float32)",
-    )
-    add_flag("--device", default="auto", help="auto, cpu, cuda or cuda:1 (default: auto)")
-    add_flag("--seed", type=int, default=0, help="of the draws (default: 0)")
-    add_flag("--batch-size", type=int, default=32, help="prompts at once (default: 32)")
-    add_flag("--output", default="evaluation", help="a new folder (default: evaluation)")
+    config.add_arguments(parser, EvaluateConfig)
     parser.set_defaults(run=run)
 
 
@@ -68,38 +60,38 @@ class Contestant:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    _check(arguments)
+    settings = common.settings(arguments, EvaluateConfig)
+    _check(settings, arguments.contestants)
     contestants = resolve(arguments.contestants)
-    output = Path(arguments.output)
+    output = Path(settings.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"evaluate: {output} is not empty: choose another --output")
     # after the cheap checks: torch takes seconds to import
     from nlhf import arena, data, parts, preference
 
-    device = parts.device_of(arguments.device)
-    saved = Path(arguments.preference) / preference.CONFIG
+    device = parts.device_of(settings.device)
+    saved = Path(settings.preference) / preference.CONFIG
     # a saved model waits until those that answer are out of memory
-    judge = None if saved.is_file() else preference.as_preference(arguments.preference)
+    judge = None if saved.is_file() else preference.as_preference(settings.preference)
     given = {c.name: data.read_completions(c.path) for c in contestants if c.completions}
-    prompts, answers = _align(arguments, contestants, given)
+    prompts, answers = _align(settings, contestants, given)
     for contestant in contestants:
         if not contestant.completions:
-            answers[contestant.name] = answer(contestant, prompts, arguments, device)
+            answers[contestant.name] = answer(contestant, prompts, settings, device)
             # at once, since nothing else here takes so long
             _write(output, contestant.name, prompts, answers)
             # a model may be in a cycle of references
             gc.collect()
-    judge = judge or preference.as_preference(arguments.preference, device=device)
+    judge = judge or preference.as_preference(settings.preference, device=device)
     ordered = {c.name: answers[c.name] for c in contestants}
     for name in given:
         _write(output, name, prompts, answers)
     wins = arena.win_matrix(judge, parts.plain(prompts), ordered, progress=True)
     triples = arena.intransitive_triples(wins.matrix, wins.half)
-    balance = arena.equilibrium(wins, seed=arguments.seed)
+    balance = arena.equilibrium(wins, seed=settings.seed)
     text = arena.report(wins, triples, balance)
-    skip = ("command", "run", "contestants")
     result = {
-        "settings": {k: v for k, v in vars(arguments).items() if k not in skip},
+        "settings": dataclasses.asdict(settings),
         "contestants": {c.name: c.path for c in contestants},
     } | arena.as_dict(wins, triples, balance)
     arena.heatmap(wins, output / "heatmap.png")
@@ -117,29 +109,14 @@ def _write(output: Path, name: str, prompts: list, answers: dict) -> None:
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    limits = {"samples": 1, "max_new_tokens": 1, "batch_size": 1}
-    for name, low in limits.items():
-        if getattr(arguments, name) < low:
-            flag = name.replace("_", "-")
-            raise ValueError(
-                f"evaluate: --{flag} must be at least {low}, got {getattr(arguments, name)}"
-            )
-    if not 0 < arguments.temperature < 1e30:
+def _check(settings: EvaluateConfig, contestants: list[str]) -> None:
+    if not settings.preference:
         raise ValueError(
-            f"evaluate: --temperature must be above 0 and finite, got {arguments.temperature}"
-        )
-    if not -(2**63) <= arguments.seed < 2**63:
-        raise ValueError(f"evaluate: --seed must be a 64-bit integer, got {arguments.seed}")
-    if not arguments.preference:
-        raise ValueError(
-            "evaluate: --preference must be given: a folder that fit-preference wrote, or "
+            "evaluate: --preference must be given: a folder that nlhf preference wrote, or "
             "module:function"
         )
-    if len(arguments.contestants) < 2:
-        raise ValueError(
-            f"evaluate: needs two contestants at least, got {arguments.contestants[0]} alone"
-        )
+    if len(contestants) < 2:
+        raise ValueError(f"evaluate: needs two contestants at least, got {contestants[0]} alone")
 
 
 # ---- who takes part
@@ -174,25 +151,12 @@ def _find(text: str) -> tuple[str, bool]:
     if local.is_dir():
         if (local / COMPLETIONS).is_file():
             return str(local / COMPLETIONS), True
-        # the last is a run of nlhf train
-        for folder, file in ((local, _MODEL), (local, _ADAPTER), (local / "model", _MODEL)):
-            if (folder / file).is_file():
-                return str(folder), False
-        raise ValueError(f"{text}: holds neither a model ({_MODEL}, {_ADAPTER}) nor {COMPLETIONS}")
-    # a hub name is one word, or two with a slash between them
-    hub = text and text.count("/") < 2 and not text.startswith((".", "/", "~"))
-    if hub and "#" in text:
+        if not models.inside(local):
+            names = f"{models.CONFIG}, {models.ADAPTER}"
+            raise ValueError(f"{text}: holds neither a model ({names}) nor {COMPLETIONS}")
+    elif models.is_hub_name(text) and "#" in text:
         return text, True
-    if not hub or text.endswith(SUFFIXES) or ("/" in text and local.parent.is_dir()):
-        raise ValueError(f"{text or repr(text)}: no such file or folder{_beside(local)}")
-    return text, False
-
-
-def _beside(path: Path) -> str:
-    """What lies there with a name like that, as a suggestion."""
-    names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f"; do you mean {path.parent / close[0]}?" if close else ""
+    return models.find(text), False
 
 
 def _names(given: list[str], paths: list[str]) -> list[str]:
@@ -232,14 +196,16 @@ def _names(given: list[str], paths: list[str]) -> list[str]:
 # ---- the same prompts for everybody
 
 
-def _align(arguments, contestants: list[Contestant], given: dict) -> tuple[list, dict]:
+def _align(
+    settings: EvaluateConfig, contestants: list[Contestant], given: dict
+) -> tuple[list, dict]:
     """The prompts, and the completions of those contestants that bring theirs, in that order."""
     from nlhf import data
 
-    if arguments.prompts:
-        prompts = data.read_prompts(arguments.prompts, limit=arguments.samples)
+    if settings.prompts:
+        prompts = data.read_prompts(settings.prompts, limit=settings.samples)
     elif given:
-        prompts = _union(given)[: arguments.samples]
+        prompts = _union(given)[: settings.samples]
     else:
         raise ValueError(
             "evaluate: --prompts must be given when all contestants are models: a file or hub name"
@@ -287,64 +253,34 @@ def _keys(prompts: list) -> list[tuple[str, int]]:
 # ---- the answers of a model
 
 
-def answer(contestant: Contestant, prompts: list, arguments, device) -> list[str]:
+def answer(contestant: Contestant, prompts: list, settings: EvaluateConfig, device) -> list[str]:
     """Sampled completions of the prompts; the model is loaded here and lives no longer."""
     import torch
-    from tqdm import tqdm
 
-    from nlhf import parts, rollout
+    from nlhf import data, parts, rollout
 
-    model, tokenizer = load(contestant.path, getattr(torch, arguments.dtype), device)
+    model, tokenizer = models.load(contestant.path, getattr(torch, settings.dtype), device)
     # every contestant has noise of its own: P(a > b) is over independent draws
     stream = zlib.crc32(contestant.name.encode())
     texts = []
-    for start in tqdm(range(0, len(prompts), arguments.batch_size), desc=contestant.name):
-        batch = prompts[start : start + arguments.batch_size]
+    if settings.apply_chat_template:
+        prompts = data.as_messages(prompts)
+    else:
+        data.note_plain_prompts(prompts, tokenizer)
+    starts = range(0, len(prompts), settings.batch_size)
+    for start in progress.track(starts, contestant.name, len(starts)):
+        batch = prompts[start : start + settings.batch_size]
         ids = list(range(start, start + len(batch)))
         (y,) = rollout.generate(
             [rollout.Side(model)],
             None,
             *parts.encode(tokenizer, batch, device),
-            max_new_tokens=arguments.max_new_tokens,
-            temperature=arguments.temperature,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
             eos_token_id=parts.end_tokens(model, tokenizer),
             pad_token_id=tokenizer.pad_token_id,
-            seed=parts.seeds(arguments.seed, stream, ids, device),
+            seed=parts.seeds(settings.seed, stream, ids, device),
             with_ref=False,
         )
         texts += parts.decode(tokenizer, y)
     return texts
-
-
-def load(path: str, dtype, device) -> tuple:
-    """(model, tokenizer) of a folder or hub name, or of a folder of LoRA adapters on their base."""
-    from nlhf import policy
-
-    folder = Path(path)
-    if (folder / _MODEL).is_file() or not (folder / _ADAPTER).is_file():
-        try:
-            return policy.load_model(path, dtype, device), policy.load_tokenizer(path)
-        except ValueError as error:
-            hint = "" if folder.exists() else _beside(folder)
-            raise ValueError(f"{error}{hint}") from error
-    try:
-        base = json.loads((folder / _ADAPTER).read_text(encoding="utf-8"))[
-            "base_model_name_or_path"
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: {_ADAPTER} names no base model: {error}") from error
-    import peft
-
-    own = (folder / "tokenizer_config.json").is_file()
-    tokenizer = policy.load_tokenizer(path if own else base)
-    model = policy.load_model(base, dtype, device)
-    try:
-        with warnings.catch_warnings():
-            # peft still asks transformers by a name that 5.23 deprecates
-            warnings.filterwarnings(
-                "ignore", message=".*gradient_checkpointing", category=FutureWarning
-            )
-            return peft.PeftModel.from_pretrained(model, path).eval(), tokenizer
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{path}: the adapters cannot be loaded: {first}") from error

@@ -6,27 +6,34 @@ import sys
 import time
 from pathlib import Path
 
-from nlhf import experiments
+from nlhf import config, experiments
+from nlhf.commands import common
+from nlhf.commands.settings import ReproduceConfig
+
+DESCRIPTION = (
+    "Run one of the experiments of docs/experiments.md: what the papers left open, measured on "
+    "games small enough that the answer is exact. Tables, a plot, the seed and the command that "
+    "repeats it are the output; it takes minutes on two CPU cores."
+)
+EXAMPLES = """\
+  nlhf reproduce --list
+  nlhf reproduce intransitive
+  nlhf reproduce tau-sweep --scale 0.1 --seed 1 --output runs/small"""
 
 
 def add(commands) -> None:
-    parser = commands.add_parser(
+    parser = common.add_parser(
+        commands,
         "reproduce",
-        help="run one of the experiments of docs/experiments.md",
-        description="Run an experiment on CPU: its tables, plot and seed are the output.",
+        "run one of the experiments of docs/experiments.md",
+        DESCRIPTION,
+        EXAMPLES,
+        "docs/experiments.md",
     )
+    common.add_config(parser, ReproduceConfig, "[NAME]")
     parser.add_argument("name", nargs="?", default="", metavar="NAME", help="which; none: list")
     parser.add_argument("--list", action="store_true", help="name the experiments and end")
-    parser.add_argument("--seed", type=int, default=0, help="seed of every draw (default: 0)")
-    parser.add_argument(
-        "--scale",
-        type=float,
-        default=1.0,
-        help="multiplies the numbers of steps and seeds, above 0 (default: 1.0)",
-    )
-    parser.add_argument(
-        "--output", default="", metavar="DIR", help="folder (default: runs/reproduce/NAME)"
-    )
+    config.add_arguments(parser, ReproduceConfig)
     parser.set_defaults(run=run)
 
 
@@ -35,11 +42,12 @@ def run(arguments: argparse.Namespace) -> None:
         sys.stdout.write(listing())
         return
     experiment = experiments.find(arguments.name)
+    chosen = common.settings(arguments, ReproduceConfig)
     # after the name is known to be right: torch and transformers take seconds to import
     from nlhf.experiments import report
 
-    output = Path(arguments.output or f"runs/reproduce/{arguments.name}")
-    settings = report.Settings(arguments.seed, arguments.scale, output)
+    output = Path(chosen.output or f"runs/reproduce/{arguments.name}")
+    settings = report.Settings(chosen.seed, chosen.scale, output)
     report.claim(output, arguments.name, settings)
     module = importlib.import_module(f"nlhf.experiments.{experiment.module}")
     start = time.perf_counter()

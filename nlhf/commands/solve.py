@@ -4,33 +4,42 @@ import argparse
 import sys
 from pathlib import Path
 
+from nlhf import config
+from nlhf.commands import common
+from nlhf.commands.settings import SolveConfig
+
+DESCRIPTION = (
+    "Solve a matrix game exactly: P(i > j) is the probability that action i is preferred to j. "
+    "Prints the regularised equilibrium with a certificate, the exploitability of every action, "
+    "and all solvers of Nash learning side by side, as a table and a plot."
+)
+EXAMPLES = """\
+  nlhf solve rock-paper-scissors --tau 0.05
+  nlhf solve game.csv --ref 0.5,0.25,0.25 --solvers nash_mp,omd --output game.svg"""
+
 
 def add(commands) -> None:
-    parser = commands.add_parser(
+    parser = common.add_parser(
+        commands,
         "solve",
-        help="the equilibrium of a matrix game, and every solver on it",
-        description="Solve a matrix game exactly: the regularised equilibrium with a certificate, "
-        "exploitabilities, and all solvers of Nash learning side by side as a table and a plot.",
+        "solve a matrix game exactly, and compare every solver on it",
+        DESCRIPTION,
+        EXAMPLES,
+        "docs/tabular.md",
     )
+    common.add_config(parser, SolveConfig, "GAME")
     parser.add_argument(
-        "game", help="a .csv or .npy file of P(i > j), or a named game: dice, population, elo, ..."
+        "game",
+        metavar="GAME",
+        help="a .csv or .npy file of P(i > j), or a named game: dice, population, elo, ...",
     )
-    parser.add_argument(
-        "--tau", type=float, default=0.1, help="regularisation, above 0 (default: 0.1)"
-    )
-    parser.add_argument(
-        "--ref", default="", help='the reference, as "0.5,0.25,0.25" (default: uniform)'
-    )
-    parser.add_argument("--solvers", default="all", help="all, or names with commas between")
-    parser.add_argument("--iterations", type=int, default=1000, help="of solvers (default: 1000)")
-    parser.add_argument("--output", default="solve.png", help="the plot (default: solve.png)")
+    config.add_arguments(parser, SolveConfig)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.iterations < 1:
-        raise ValueError(f"solve: --iterations must be at least 1, got {arguments.iterations}")
-    output = Path(arguments.output)
+    chosen = common.settings(arguments, SolveConfig)
+    output = Path(chosen.output)
     if output.suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"solve: --output must end in .png, .pdf or .svg, got {output}")
     if not output.parent.is_dir():
@@ -38,16 +47,16 @@ def run(arguments: argparse.Namespace) -> None:
     # after the flags are known to be right: torch takes seconds to import
     from nlhf import tabular
 
-    names = arguments.solvers.split(",")
+    names = chosen.solvers.split(",")
     everything = list(tabular.SOLVERS.values())
     solvers = everything if names == ["all"] else [tabular.solver(name.strip()) for name in names]
-    settings = {"tau": arguments.tau}
-    if arguments.ref:
-        settings["ref"] = _numbers(arguments.ref)
+    settings = {"tau": chosen.tau}
+    if chosen.ref:
+        settings["ref"] = _numbers(chosen.ref)
     game = _game(arguments.game, settings)
     solution = tabular.solve(game)
     _write(tabular.describe(game, solution))
-    curves = tabular.compare(game, solution.policy, solvers, arguments.iterations)
+    curves = tabular.compare(game, solution.policy, solvers, chosen.iterations)
     _write(tabular.summary(game, curves))
     tabular.plot(curves, f"{arguments.game}, tau {game.tau:g}", output)
     sys.stdout.write(f"The plot is in {output}\n")

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 
 import torch
-from tqdm import tqdm
 
 from nlhf import algorithms
 from nlhf import policy as policies
@@ -18,6 +17,7 @@ from nlhf.experiments.report import Result, Settings, Table, number
 from nlhf.learner import Learner
 from nlhf.parts import Parts
 from nlhf.preference import as_preference
+from nlhf.progress import track
 
 NAME = "cost"
 BASE = "rlhf"
@@ -76,7 +76,7 @@ def run(settings: Settings) -> Result:
         for shape, lora_r in cases
         for name in algorithms.ALGORITHMS
     ]
-    costs = tqdm(apart(jobs), NAME, len(jobs), unit="job")
+    costs = track(apart(jobs), NAME, len(jobs))
     found = {(j.shape, j.lora_r, j.algorithm): c for j, c in zip(jobs, costs, strict=True)}
     return Result(
         name=NAME,

@@ -6,9 +6,9 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import torch
-from tqdm import tqdm
 
 from nlhf.experiments.training import one_thread
+from nlhf.progress import Progress
 
 # a new process takes seconds to import torch
 _WORTH = 8
@@ -20,7 +20,7 @@ def run(function: Callable, jobs: Sequence, title: str) -> list:
     ``function`` is one of a module, and jobs and results can be pickled.
     """
     workers = min(os.cpu_count() or 1, len(jobs))
-    with tqdm(total=len(jobs), desc=title, unit="job") as bar:
+    with Progress(title, len(jobs)) as bar:
         if workers == 1 or len(jobs) < _WORTH:
             with one_thread():
                 return [_counted(function(job), bar) for job in jobs]
@@ -30,6 +30,6 @@ def run(function: Callable, jobs: Sequence, title: str) -> list:
             return [_counted(result, bar) for result in pool.map(function, jobs)]
 
 
-def _counted(result, bar: tqdm):
-    bar.update()
+def _counted(result, bar: Progress):
+    bar.advance()
     return result

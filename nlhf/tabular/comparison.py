@@ -2,14 +2,15 @@
 
 import itertools
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from nlhf.progress import Progress
 from nlhf.tabular.equilibrium import Solution
 from nlhf.tabular.matrix_game import MatrixGame
 from nlhf.tabular.measures import exploitability, pure_exploitability
@@ -42,8 +43,9 @@ def compare(
 ) -> list[Curve]:
     """Every solver with its default arguments, from the reference, for so many iterations."""
     wanted = _points(iterations)
-    bar = tqdm(total=len(solvers) * (iterations + 1), unit=" iterations", disable=None)
-    with bar:
+    # too short for lines in a log
+    show = sys.stderr.isatty()
+    with Progress("solvers", len(solvers) * (iterations + 1), show=show) as bar:
         return [_curve(game, equilibrium, solver, wanted, bar) for solver in solvers]
 
 
@@ -58,7 +60,7 @@ def _curve(game: MatrixGame, equilibrium: Tensor, solver: Solver, wanted: list[i
     failure = ""
     try:
         for k, policy in enumerate(itertools.islice(solver.run(game), wanted[-1] + 1)):
-            bar.update()
+            bar.advance()
             if k in wanted:
                 measures = (
                     kl(equilibrium, policy),

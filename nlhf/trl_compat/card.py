@@ -10,22 +10,12 @@ from torch import nn
 from transformers import TrainingArguments
 
 import nlhf_kernels as nk
+from nlhf import model_card
 
 PAPER = {
     "title": "Nash Learning from Human Feedback",
-    "id": "2312.00886",
-    "citation": """\
-@inproceedings{munos2024nash,
-  title     = {Nash Learning from Human Feedback},
-  author    = {Munos, R{\\'e}mi and Valko, Michal and Calandriello, Daniele and
-               Gheshlaghi Azar, Mohammad and Rowland, Mark and Guo, Zhaohan Daniel and
-               Tang, Yunhao and Geist, Matthieu and Mesnard, Thomas and Fiegel, C{\\^o}me and
-               Michi, Andrea and Selvi, Marco and Girgin, Sertan and Momchev, Nikola and
-               Bachem, Olivier and Mankowitz, Daniel J. and Precup, Doina and Piot, Bilal},
-  booktitle = {Proceedings of the 41st International Conference on Machine Learning},
-  year      = {2024},
-  url       = {https://arxiv.org/abs/2312.00886}
-}""",
+    "id": model_card.PAPER,
+    "citation": model_card.citation("nash_md_pg"),
 }
 
 _TEXT = """---

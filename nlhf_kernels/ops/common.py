@@ -11,6 +11,8 @@ LIBRARY = torch.library.Library("nlhf", "DEF")
 LARGEST = torch.finfo(torch.float32).max
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NUMBERS = (int, float, torch.SymFloat, torch.SymInt)
+# seen at a glance to be no DTensor
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def define(schema: str, body: Callable, fake: Callable) -> None:
@@ -88,7 +90,19 @@ def describe(x: object) -> str:
     return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)} on {x.device}"
 
 
+def check_local(op: str, name: str, x: object) -> None:
+    """No DTensor: a kernel would take the memory of a part for the whole."""
+    # by what only it has: to import its class takes longer than all that torch imports
+    if isinstance(x, Tensor) and hasattr(x, "full_tensor"):
+        raise ValueError(
+            f"{op}: {name} is a DTensor: give {name}.full_tensor(), or this rank's part, "
+            f"{name}.to_local(), with group= where the ranks share the vocabulary"
+        )
+
+
 def check_logits(op: str, name: str, logits: Tensor, dims: tuple[int, ...]) -> None:
+    if type(logits) not in PLAIN:
+        check_local(op, name, logits)
     # what is usual is seen at a glance: a decode step asks for every token
     usual = isinstance(logits, Tensor) and logits.dim() in dims and logits.dtype in FLOATS
     if usual and logits.stride(-1) == 1 and logits.shape[-1] and not logits.is_meta:
@@ -101,6 +115,8 @@ def check_matrix(
     op: str, name: str, x: Tensor, dims: tuple[int, ...], shapes: str, axis: str
 ) -> None:
     """A real floating tensor, its last dimension, called ``axis``, not empty and of stride 1."""
+    if type(x) not in PLAIN:
+        check_local(op, name, x)
     # what is wrong is put into words only then: a decode step checks every token
     if not isinstance(x, Tensor) or x.dtype not in FLOATS or x.dim() not in dims:
         wanted = f"float16, bfloat16, float32 or float64 {shapes}"
@@ -129,6 +145,8 @@ def check_ref_logits(op: str, ref_logits: Tensor, logits: Tensor) -> None:
 def check_tensor(
     op: str, name: str, x: Tensor, shape: tuple, dtypes: tuple, device: torch.device
 ) -> None:
+    if type(x) not in PLAIN:
+        check_local(op, name, x)
     fits = isinstance(x, Tensor) and x.shape == shape and x.dtype in dtypes and x.device == device
     if not fits:
         kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)

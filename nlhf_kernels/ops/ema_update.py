@@ -49,6 +49,7 @@ def _check_lists(ema, params) -> tuple[list[Tensor], list[Tensor]]:
     device = None
     for k, (x, p) in enumerate(zip(ema, params, strict=True)):
         for name, y in ((f"ema[{k}]", x), (f"params[{k}]", p)):
+            common.check_local(OP, name, y)
             real = isinstance(y, Tensor) and y.dtype in common.FLOATS and not y.is_meta
             if not real or y.layout != torch.strided:
                 wanted = "a real float16, bfloat16, float32 or float64 tensor"
@@ -68,7 +69,7 @@ def _usual(ema: list, params: list) -> bool:
     """Whether all is well at a glance: hundreds of tensors come with every step."""
     tensors = ema + params
     return (
-        all(isinstance(x, Tensor) for x in tensors)
+        {type(x) for x in tensors} <= {*common.PLAIN}
         and {x.layout for x in tensors} == {torch.strided}
         and {x.dtype for x in tensors} <= DTYPES
         and len(devices := {x.device for x in tensors}) == 1

@@ -35,9 +35,10 @@ class Head:
         dtype: torch.dtype,
         wanted: tuple[bool, bool, bool] = (False, False, False),
     ):
-        self.hidden, self.weight, self.bias, self.scale, self.dtype = (
-            hidden, weight, bias, scale, dtype,
-        )  # fmt: skip
+        # an exported program calls raw ops with leaves, outside of any autograd function
+        self.hidden, self.weight = hidden.detach(), weight.detach()
+        self.bias = None if bias is None else bias.detach()
+        self.scale, self.dtype = scale, dtype
         self.grads = list(fake_gradients(hidden, weight, dtype, wanted))
         # rows under the mask have no chunk
         self.grads[0].zero_()

@@ -61,6 +61,8 @@ def skinny_linear(
 def _unfit(input: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     """What is wrong, or ""; in haste: a token of a small model makes hundreds of these calls."""
     for name, x in (("input", input), ("weight", weight), ("bias", bias)):
+        if type(x) not in common.PLAIN:
+            common.check_local(OP, name, x)
         plain = isinstance(x, Tensor) and x.dtype == torch.float32 and x.is_cpu
         if not plain and not (x is None and name == "bias"):
             return f"{name} must be float32 on the CPU, got {common.describe(x)}"

@@ -1,4 +1,4 @@
-"""``nlhf fit-preference``: what it saves is what --preference reads, and it has learned."""
+"""``nlhf preference``: what it saves is what --preference reads, and it has learned."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nlhf import cli, config, preference
-from nlhf.commands import fit_preference
+from nlhf.commands import preference as command
 from nlhf.config import FitConfig
 from tests import tiny
 
@@ -41,7 +41,7 @@ def flags(folder, output, **changes) -> list[str]:
         "device": "cpu",
     }
     pairs = [("--" + k.replace("_", "-"), str(v)) for k, v in (values | changes).items()]
-    return ["fit-preference", *(x for pair in pairs for x in pair)]
+    return ["preference", *(x for pair in pairs for x in pair)]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_our_own_template_is_used_where_none_is_given(folder, tmp_path):
     )
     for kind, model in preference.KINDS.items():
         output = str(tmp_path / kind)
-        fit_preference.fit(dataclasses.replace(chosen, kind=kind, output=output))
+        command.fit(dataclasses.replace(chosen, kind=kind, output=output))
         saved = preference.load_preference(output).settings["template"]
         own = {"pairwise": preference.PairwiseModel.TEMPLATE, "reward": "{prompt}\n{response}"}
         assert saved == own[kind], model

@@ -1,4 +1,4 @@
-"""``nlhf fit-preference``."""
+"""``nlhf preference``."""
 
 import argparse
 import json
@@ -6,26 +6,44 @@ import sys
 from pathlib import Path
 
 from nlhf import config
+from nlhf.commands import common
 from nlhf.config import FitConfig
+
+DESCRIPTION = (
+    "Train a model that says how likely one response to a prompt beats another, from pairs of "
+    "which one was preferred: what --preference of the other commands reads. A pairwise model "
+    "reads both responses and can learn cycles; a reward model (Bradley-Terry) scores each alone. "
+    "Every setting is a flag and a line of the --config file, of which flags win."
+)
+EXAMPLES = """\
+  nlhf preference --trunk path/or/hub-name --pairs pairs.jsonl --held-out held_out.jsonl \\
+      --output my-preference
+  nlhf preference --config tldr-preference
+  nlhf preference --trunk hub-name --pairs pairs.jsonl --kind reward --freeze-trunk"""
+# what it was called before
+OLD_NAME = "fit-preference"
 
 
 def add(commands) -> None:
-    parser = commands.add_parser(
-        "fit-preference",
-        help="train a preference or reward model from pairs",
-        description="Train a preference or reward model from pairs of responses, for the "
-        "--preference of the other commands. Flags override the file.",
+    parser = common.add_parser(
+        commands,
+        "preference",
+        "train a preference or reward model from pairs",
+        DESCRIPTION,
+        EXAMPLES,
+        "docs/recipes.md",
     )
-    known = ", ".join(config.built_in(FitConfig))
-    parser.add_argument("--config", default="", help=f"a YAML file, or a built-in name: {known}")
-    config.add_arguments(parser, FitConfig)
-    parser.set_defaults(run=run)
+    old = commands.add_parser(OLD_NAME, description="The old name of nlhf preference.")
+    for each in (parser, old):
+        common.add_config(each, FitConfig)
+        config.add_arguments(each, FitConfig)
+        each.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    known = vars(arguments)
-    overrides = {k: v for k, v in known.items() if k not in ("command", "config", "run")}
-    settings = config.load(arguments.config, overrides, FitConfig)
+    if arguments.command == OLD_NAME:
+        sys.stderr.write(f"nlhf {OLD_NAME} is deprecated: it is now called nlhf preference\n")
+    settings = common.settings(arguments, FitConfig)
     result = fit(settings)
     sys.stdout.write("\n" + table(result, settings))
     sys.stdout.write(f"\nThe preference model is in {settings.output}: give it as --preference\n")
@@ -42,7 +60,7 @@ def fit(settings: FitConfig) -> dict:
             raise ValueError(f"config: {name} must be given")
     output = Path(settings.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"fit-preference: {output} is not empty: choose another --output")
+        raise ValueError(f"preference: {output} is not empty: choose another --output")
     # after the cheap checks: torch and transformers take seconds to import
     import torch
 

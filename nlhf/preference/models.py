@@ -1,34 +1,22 @@
-"""Preferences P(first > second | prompt) over texts: trainable models, rewards, any callable.
-
-Texts, never token ids, cross this border: a preference model has a tokenizer of its own.
-"""
+"""Preference and reward models on a causal language model, and their folders."""
 
 import copy
-import importlib
 import json
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from nlhf.data import replace_folder
+from nlhf.preference.protocol import check_texts, first_line
+from nlhf.progress import Progress
 
 CONFIG = "preference.json"
-
-
-class Preference(Protocol):
-    """Anything that compares B pairs of texts."""
-
-    def __call__(self, prompts: list[str], first: list[str], second: list[str]) -> Tensor:
-        """P(first > second | prompt): (B,) float32 in [0, 1]."""
-        ...
 
 
 class PreferenceModel(nn.Module):
@@ -199,7 +187,7 @@ class PreferenceModel(nn.Module):
         self, prompts: list[str], first: list[str], second: list[str]
     ) -> tuple[list[tuple[int, ...]], Tensor, Tensor]:
         """The distinct token rows, shortest first, and the two rows that each pair compares."""
-        _check_texts(prompts, first, second)
+        check_texts(prompts, first, second)
         seen: dict[tuple, tuple[int, ...]] = {}
         pairs = []
         for texts in zip(prompts, first, second, strict=True):
@@ -218,10 +206,10 @@ class PreferenceModel(nn.Module):
 
     def _batches(self, rows: list[tuple[int, ...]], progress: bool) -> Iterator[list]:
         size = self.settings["batch_size"]
-        with tqdm(total=len(rows), desc="features", unit=" texts", disable=not progress) as bar:
+        with Progress("features, texts", len(rows), show=progress) as bar:
             for start in range(0, len(rows), size):
                 yield rows[start : start + size]
-                bar.update(len(rows[start : start + size]))
+                bar.advance(len(rows[start : start + size]))
 
     def save_pretrained(
         self, folder: str | os.PathLike, *, trunk_path: str | os.PathLike | None = None
@@ -313,7 +301,7 @@ class JoinPrompt:
 
     def __call__(self, prompts: list[str], first: list[str], second: list[str]) -> Tensor:
         """As `Preference`."""
-        _check_texts(prompts, first, second)
+        check_texts(prompts, first, second)
         return self.preference(
             [self.instruction] * len(prompts),
             [p + y for p, y in zip(prompts, first, strict=True)],
@@ -355,7 +343,7 @@ def load_trunk(
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: the model cannot be loaded: {_line(error)}") from error
+        raise ValueError(f"{folder}: the model cannot be loaded: {first_line(error)}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise ValueError(f"{folder}: weights are missing, {missing[0]} among {len(missing)}")
@@ -379,9 +367,9 @@ def load_preference(
         dtype = getattr(torch, config["trunk_dtype"])
         files = config["trunk_files"] if trunk_path else None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{where}: {CONFIG} is corrupt: {_line(error)}") from error
+        raise ValueError(f"{where}: {CONFIG} is corrupt: {first_line(error)}") from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where}: {CONFIG} lacks or misstates {_line(error)}") from error
+        raise ValueError(f"{where}: {CONFIG} lacks or misstates {first_line(error)}") from error
     if trunk_path and _weight_files(trunk_path) != files:
         raise ValueError(f"{where}: its trunk {trunk_path} has moved or changed; train it again")
     trunk, tokenizer = load_trunk(trunk_path or folder / "trunk", dtype)
@@ -389,10 +377,10 @@ def load_preference(
         model = kind(trunk, tokenizer, **settings)
         head = load_file(folder / "head.safetensors")["head"]
     except TypeError as error:
-        raise ValueError(f"{where}: {CONFIG} lacks or misstates {_line(error)}") from error
+        raise ValueError(f"{where}: {CONFIG} lacks or misstates {first_line(error)}") from error
     except (OSError, KeyError, SafetensorError) as error:
         raise ValueError(
-            f"{where}: head.safetensors is missing or corrupt: {_line(error)}"
+            f"{where}: head.safetensors is missing or corrupt: {first_line(error)}"
         ) from error
     if head.shape != model.head.weight.shape or not torch.isfinite(head).all():
         raise ValueError(
@@ -401,74 +389,6 @@ def load_preference(
         )
     model.head.weight.data.copy_(head)
     return model.to(device)
-
-
-class Checked:
-    """A preference whose every answer is looked at: B finite probabilities, else ValueError."""
-
-    def __init__(self, preference: Callable) -> None:
-        self.preference = preference
-
-    def __call__(self, prompts: list[str], first: list[str], second: list[str]) -> Tensor:
-        """As `Preference`; the callable may return a list, an array or a tensor."""
-        _check_texts(prompts, first, second)
-        answer = self.preference(prompts, first, second)
-        try:
-            p = torch.as_tensor(answer)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"preference: must return {len(first)} numbers: {_line(error)}"
-            ) from error
-        p = p.detach().to("cpu", torch.float32)
-        if p.shape != (len(first),):
-            raise ValueError(f"preference: must return ({len(first)},), got {tuple(p.shape)}")
-        # written so that NaN counts as wrong
-        wrong = (~((p >= 0) & (p <= 1))).nonzero()[:, 0]
-        if len(wrong):
-            i = int(wrong[0])
-            raise ValueError(
-                f"preference: must be a probability in [0, 1], got {p[i].item()} at index {i}"
-            )
-        return p
-
-
-def as_preference(source: Any, *, device: torch.device | str | None = None) -> Checked:
-    """A checked preference from a callable, a "module:function" or a saved folder.
-
-    device: where a saved model is put; a callable stays where it is.
-    """
-    if isinstance(source, Checked):
-        return source
-    if isinstance(source, str) and re.fullmatch(r"\w[\w.]*:[\w.]+", source):
-        module, _, path = source.partition(":")
-        try:
-            target: Any = importlib.import_module(module)
-            for name in path.split("."):
-                target = getattr(target, name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"preference {source}: cannot be imported: {_line(error)}") from error
-        source = target
-    elif isinstance(source, (str, os.PathLike)):
-        source = load_preference(source, device=device)
-    if not callable(source):
-        raise ValueError(
-            "preference: must be a callable (prompts, first, second), a module:function or a saved "
-            f"folder, got {type(source).__name__}"
-        )
-    return Checked(source)
-
-
-def _check_texts(prompts: list[str], first: list[str], second: list[str]) -> None:
-    sizes = (len(prompts), len(first), len(second))
-    if len(set(sizes)) != 1:
-        raise ValueError(f"preference: prompts, first and second must have one length, got {sizes}")
-    for name, texts in (("prompts", prompts), ("first", first), ("second", second)):
-        for i, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"preference: {name} must be strings, got {type(text).__name__} at index {i}; "
-                    "messages become strings through nlhf.data.plain_text"
-                )
 
 
 def _cut(trunk: nn.Module, n_layers: int | None, name: str) -> nn.Module:
@@ -492,8 +412,3 @@ def _cut(trunk: nn.Module, n_layers: int | None, name: str) -> nn.Module:
 def _weight_files(folder: str) -> dict[str, int]:
     """Name and size in bytes of every weight file: cheap, and enough to notice another trunk."""
     return {path.name: path.stat().st_size for path in Path(folder).glob("*.safetensors")}
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
