@@ -136,6 +136,8 @@ class Config:
     """auto: a GPU if there is one; or cpu, cuda, cuda:1"""
     parallel: str = "auto"
     """how processes share the work: ddp, fsdp2 or zero3; auto: as accelerate launch says, or ddp"""
+    vocabulary_parallel: bool = False
+    """fsdp2: each process takes its ids of the head for all tokens; the head is never gathered"""
     gather: str = "model"
     """what a rollout of sharded weights has whole: the model, or, slowly, a layer at a time"""
     trust_remote_code: bool = False
@@ -164,6 +166,10 @@ class Config:
         check(self, _LIMITS, _CHOICES)
         if self.dora and not self.lora_r:
             raise ValueError("config: dora needs adapters, got lora_r 0; set lora_r")
+        if self.vocabulary_parallel and self.head == "logits":
+            raise ValueError(
+                "config: vocabulary_parallel needs hidden states, got head 'logits'; leave one out"
+            )
         # adapters are float32 as they are
         halved = self.dtype == "bfloat16" and not self.lora_r
         if self.master_weights and not (halved and self.optimizer == "adamw"):

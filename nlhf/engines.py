@@ -135,9 +135,24 @@ class FSDP2(Engine):
 
     alone = whole = False
 
-    def __init__(self, policy: nn.Module, world: World, by_layer: bool = False):
+    def __init__(
+        self,
+        policy: nn.Module,
+        world: World,
+        by_layer: bool = False,
+        vocabulary_parallel: bool = False,
+    ):
         super().__init__(policy, world, by_layer)
         self._roots: list[FSDPModule] = []
+        if vocabulary_parallel:
+            head = policy.get_output_embeddings()
+            if head.weight is policy.get_input_embeddings().weight:
+                raise ValueError(
+                    "config: vocabulary_parallel needs a head of its own, and that of this model "
+                    "is tied to its embeddings; leave it off"
+                )
+            # apart from the rest, so that no pass that leaves it out gathers it
+            fully_shard(head)
         self.shard(policy)
 
     def shard(self, model: nn.Module) -> None:

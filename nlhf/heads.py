@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
 
 from nlhf import policy as policies
 from nlhf.names import nearest
@@ -32,11 +35,15 @@ class Scaling(NamedTuple):
 
 
 class Head(NamedTuple):
-    """logits = scaling(hidden @ weight.T + bias); the weight is the model's own parameter."""
+    """logits = scaling(hidden @ weight.T + bias); the weight is the model's own parameter.
+
+    With a ``group``, weight and bias are of the ids that this process has of all of them.
+    """
 
     weight: Tensor
     bias: Tensor | None
     scaling: Scaling
+    group: ProcessGroup | None = None
 
 
 class Refused(ValueError):
@@ -77,8 +84,8 @@ def hidden_states(
 
     Raises:
         Refused: a ValueError that names the model: its head is not a plain linear layer of which
-            all weights are here (adapters on the head, quantisation, shards), or it does something
-            else to its logits.
+            all weights are here, or an even share of the rows (adapters on the head, quantisation,
+            other shards), or it does something else to its logits.
     """
     inner = policies.bare(model)
     found = _FOUND.get(inner)
@@ -105,7 +112,14 @@ def hidden_states(
         _FOUND[inner] = str(reason)
         raise Refused(model, str(reason)) from None
     hidden = policies.kept(_Through.apply(hidden, output), keep)
-    return hidden, Head(head.weight, head.bias, found)
+    return hidden, _head(head, found)
+
+
+def _head(head: nn.Linear, scaling: Scaling) -> Head:
+    if not isinstance(head.weight, DTensor):
+        return Head(head.weight, head.bias, scaling)
+    bias = None if head.bias is None else head.bias.to_local()
+    return Head(head.weight.to_local(), bias, scaling, head.weight.device_mesh.get_group())
 
 
 def wanted(model: nn.Module, choice: str) -> bool:
@@ -194,7 +208,8 @@ class _Through(torch.autograd.Function):
 
 def _place(model: nn.Module, head: nn.Module | None) -> tuple[nn.Module, str]:
     """The module whose attribute the head is."""
-    if type(head) is not nn.Linear:
+    # FSDP2 makes a class of its own of a layer that it shares out by itself
+    if type(head) is not nn.Linear and type(head).__bases__ != (FSDPModule, nn.Linear):
         kind = "no output embeddings" if head is None else f"a {type(head).__name__} as its head"
         raise _Reason(f"has {kind}, not a plain linear layer")
     if hasattr(head, "_hf_hook"):
@@ -237,7 +252,9 @@ def _check_weight(head: nn.Linear, hidden: Tensor) -> None:
     weight = head.weight
     shape = (head.out_features, hidden.shape[-1])
     plain = type(weight) in (Tensor, nn.Parameter) and tuple(weight.shape) == shape
-    if not plain or weight.device != hidden.device:
+    # the rows shared out over all processes, as FSDP2 does
+    parts = isinstance(weight, DTensor) and weight.placements == (Shard(0),)
+    if not (plain or parts) or weight.device != hidden.device:
         raise _Reason("has a head whose weights are not all here after a forward pass")
     if weight.dtype != hidden.dtype:
         kinds = (str(x.dtype).removeprefix("torch.") for x in (hidden, weight))

@@ -54,14 +54,23 @@ class Learner:
             c.copies_device or None,
         )
         # after the copies, since what an engine has taken over cannot be copied
-        self.engine = engines.ENGINES[pieces.engine](pieces.policy, world, c.gather == "layer")
+        how = {"by_layer": c.gather == "layer"}
+        if c.vocabulary_parallel:
+            if pieces.engine != "fsdp2":
+                raise ValueError(
+                    "config: vocabulary_parallel needs parallel = 'fsdp2', got "
+                    f"{pieces.engine or 'one process'}; leave it off"
+                )
+            how["vocabulary_parallel"] = True
+        self.engine = engines.ENGINES[pieces.engine](pieces.policy, world, **how)
         self._trunks = parts.trunks(pieces.preference, pieces.judge)
         for model in (pieces.ref, *self.copies.values(), *self._trunks):
             if model is not None:
                 self.engine.shard(model)
         self.optimizer = optimizers.build(c, self.algorithm, trainable(pieces.policy).values())
         self.engine.prepare(self.optimizer, c.max_grad_norm or math.inf)
-        self._forward = {"head": c.head, "packing": c.packing}
+        head = "fused" if c.vocabulary_parallel else c.head
+        self._forward = {"head": head, "packing": c.packing}
         self._reward = as_reward(pieces.preference) if self.algorithm.reward else None
 
     @property

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 import nlhf_kernels as nk
-from nlhf import heads, packing
+from nlhf import heads, packing, vocabulary
 from nlhf import policy as policies
 from nlhf.heads import Head
 from nlhf.rollout import Completion, Pair
@@ -41,16 +41,33 @@ class Reading:
         mask = self.laid_out(self.mask)
         return self.laid_out(self.tokens), mask
 
+    @property
+    def shared(self) -> bool:
+        """Whether several processes share the head's vocabulary."""
+        return self.head is not None and self.head.group is not None
+
+    def states(self) -> Tensor:
+        """Hidden states (n, D) of the tokens that the mask keeps."""
+        return self.x if self.packed else self.x[self.mask]
+
     def logits(self) -> Tensor:
         """As the model itself makes them."""
         if self.head is None:
             return self.x
+        if self.shared:
+            raise ValueError(
+                "head: policy and reference must do the same to their logits where processes share "
+                "the vocabulary; leave vocabulary_parallel off"
+            )
         return self.head.scaling(linear(self.x, self.head.weight, self.head.bias))
 
     def token_logprobs(
         self, temperature: float, inplace_backward: bool = False
     ) -> nk.TokenLogprobs:
         """(B, T) log-probabilities and entropies, 0 under the mask."""
+        if self.shared:
+            places = (self.tokens, self.mask, temperature)
+            return vocabulary.token_logprobs(self.states(), self.head, *places)
         tokens, mask = self.places()
         if self.head is None:
             found = nk.token_logprobs(
@@ -81,6 +98,14 @@ class Reading:
         **settings,
     ) -> nk.PairwisePGLoss:
         """The op with a reference that is read here, or whose log-probabilities are known."""
+        direct = self.head is not None
+        if direct and ref is not None:
+            # the op has one factor and one soft cap for the two
+            direct = ref.head is not None and ref.head.scaling == self.head.scaling
+        if direct and self.shared:
+            theirs = None if ref is None else (ref.states(), ref.head)
+            places = (self.tokens, self.mask, preference, ref_logprobs, theirs)
+            return vocabulary.pairwise_pg_loss(self.states(), self.head, *places, **settings)
         tokens, mask = self.places()
         if isinstance(ref_logprobs, list):
             settings["ref_logprobs"] = [self.laid_out(x) for x in ref_logprobs]
@@ -88,10 +113,6 @@ class Reading:
             settings["ref_logprobs"] = self.laid_out(ref_logprobs)
         if self.packed:
             settings["cu_seqlens"] = packing.offsets(self.mask.sum(-1))
-        direct = self.head is not None
-        if direct and ref is not None:
-            # the op has one factor and one soft cap for the two
-            direct = ref.head is not None and ref.head.scaling == self.head.scaling
         if direct:
             if ref is not None:
                 settings["ref_hidden"], settings["ref_weight"] = ref.x, ref.head.weight

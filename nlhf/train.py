@@ -26,7 +26,14 @@ from nlhf.players import trainable
 
 # what may differ between a run and its continuation: none of it changes the weights
 _FREE = {"output", "device", "eval_every", "eval_samples", "report_samples"}
-_FREE |= {"parallel", "gather", "checkpoint_every", "keep_checkpoints", "gradient_checkpointing"}
+_FREE |= {
+    "parallel",
+    "gather",
+    "vocabulary_parallel",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "gradient_checkpointing",
+}
 _FREE |= {"server", "server_key_env", "server_concurrency", "server_timeout"}
 _FREE |= {"report_to", "push_to_hub", "hub_private"}
 

@@ -115,7 +115,7 @@ def assert_same(one: Path, other: Path, rough: float = 1e-9, model: str = "model
 
 def by_one(values: dict) -> config.Config:
     """The run of one process that these settings of several are compared with."""
-    shared = ("parallel", "gather")
+    shared = ("parallel", "gather", "vocabulary_parallel")
     return config.from_dict({k: v for k, v in values.items() if k not in shared}, "test")
 
 
@@ -136,6 +136,7 @@ def alone(folder, tmp_path_factory):
 
 LORA = {"lora_r": 4, "lora_alpha": 8}
 EMA = {"algorithm": "nash_mp", "eta": 1.0, "ema_decay": 0.5}
+VOCABULARY = {"parallel": "fsdp2", "vocabulary_parallel": True}
 # by the number of processes; a preference that is a model adds up in float32, batch by batch
 RUNS = {
     4: {
@@ -146,6 +147,8 @@ RUNS = {
     2: {
         "ddp": {"parallel": "ddp", "micro_batch_size": 3},
         "fsdp2": {"parallel": "fsdp2", "micro_batch_size": 2, "gradient_checkpointing": True} | EMA,
+        "vocabulary": VOCABULARY | {"kl": "exact", "micro_batch_size": 3},
+        "pairs": VOCABULARY | {"algorithm": "online_ipo", "packing": True},
     },
 }
 
@@ -203,6 +206,14 @@ def test_bad_input_is_one_line_of_one_process(folder, tmp_path):
     values = settings(folder, tmp_path / "run", batch_size=7)
     said = launch(2, "-m", "nlhf", "train", *flags(values), good=False)
     assert said.count("nlhf: config: batch_size must be a multiple of the 2 processes, got 7") == 1
+
+
+def test_a_head_shared_out_needs_shards_and_hidden_states(folder, tmp_path):
+    values = settings(folder, tmp_path / "run", vocabulary_parallel=True)
+    with pytest.raises(ValueError, match="needs parallel = 'fsdp2', got one process"):
+        train.run(config.from_dict(values, "test"))
+    with pytest.raises(ValueError, match="needs hidden states, got head 'logits'"):
+        config.from_dict(values | {"head": "logits"}, "test")
 
 
 @pytest.mark.parametrize("wanted", ["ddp", "fsdp2", "zero3"])

@@ -61,6 +61,7 @@ LOOP = [
     ["decoding"],
     ["rollout"],
     ["heads", "packing", "memory", "serving"],
+    ["vocabulary"],
     ["responses"],
     ["losses"],
     ["importance"],
