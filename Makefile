@@ -74,9 +74,9 @@ peers: build .venv-trl/.ready  ## what the bench compares with, as far as it ins
 	.venv-trl/bin/python -m pip install -q trl==1.13.0 transformers==5.17.0 requests peft
 	touch $@
 
-# the same, with what tests need
+# the same, with what tests need, and what `nlhf` needs more than TRL
 .venv-trl/.hosts: .venv-trl/.ready
-	.venv-trl/bin/python -m pip install -q pytest
+	.venv-trl/bin/python -m pip install -q pytest 'httpx2>=2,<3' 'rich>=14.1'
 	touch $@
 
 # torch and transformers are those of the project; deepspeed is built, without its kernels
@@ -91,7 +91,8 @@ peers: build .venv-trl/.ready  ## what the bench compares with, as far as it ins
 .PHONY: hosts
 hosts: build .venv-hosts/.ready .venv-trl/.hosts  ## the drop-ins in TRL, verl and OpenRLHF themselves
 	NLHF_EXPECT_HOSTS=trl,verl,openrlhf .venv-hosts/bin/python -m pytest tests/hosts $(ARGS)
-	NLHF_EXPECT_HOSTS=trl .venv-trl/bin/python -m pytest tests/hosts/test_trl.py \
+	NLHF_EXPECT_HOSTS=trl,trl-nash-md .venv-trl/bin/python -m pytest tests/hosts/test_trl.py \
+	  tests/hosts/test_trl_nash_md.py tests/test_trl_compat.py tests/test_trl_trainer.py \
 	  tests/test_integrations_generate.py tests/test_integrations_lm_head.py $(ARGS)
 
 .PHONY: bench

@@ -110,11 +110,12 @@ def read_completions(
     return prompts, completions
 
 
-def render_prompt(prompt: Text, tokenizer: Any) -> str:
+def render_prompt(prompt: Text, tokenizer: Any, **template) -> str:
     """The string that a policy continues: messages through the chat template, a string as it is.
 
-    A last message of the assistant is left open for the policy to continue. Raises ValueError for a
-    tokenizer without a chat template, or one whose template refuses the messages.
+    A last message of the assistant is left open for the policy to continue. ``template`` are
+    arguments of the chat template. Raises ValueError for a tokenizer without a chat template, or
+    one whose template refuses the messages.
     """
     if isinstance(prompt, str):
         return prompt
@@ -132,6 +133,7 @@ def render_prompt(prompt: Text, tokenizer: Any) -> str:
             tokenize=False,
             add_generation_prompt=not open_end,
             continue_final_message=open_end,
+            **template,
         )
     except jinja2.TemplateError as error:
         raise ValueError(

@@ -75,6 +75,7 @@ LOOP = [
     ["evaluate", "arena"],
     ["model_card"],
     ["train"],
+    ["trl_compat"],
     ["experiments"],
     ["commands"],
     ["cli"],
