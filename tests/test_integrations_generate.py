@@ -146,6 +146,25 @@ def test_one_processor_serves_call_after_call():
     assert mixture._cache is None
 
 
+def test_a_step_that_failed_is_not_half_done():
+    policy, ref = tiny.llama(0), tiny.llama(1)
+    mixture, ids = Mixture(policy, ref, mixture_coef=0.5), torch.tensor([[5, 6, 7]])
+    scores = torch.zeros(1, tiny.V, dtype=torch.float64)
+    mixture(ids[:, :2], scores)
+
+    def fail(*_):
+        raise MemoryError
+
+    # after the first layer has written its keys
+    hook = ref.model.layers[1].register_forward_hook(fail)
+    with pytest.raises(MemoryError):
+        mixture(ids, scores)
+    hook.remove()
+    for longer in (ids, torch.tensor([[5, 6, 7, 8]])):
+        want = Mixture(policy, ref, mixture_coef=0.5)(longer, scores)
+        torch.testing.assert_close(mixture(longer, scores), want)
+
+
 def test_equal_tokens_under_another_mask_are_another_prompt():
     """Prompts may begin with what is the pad token elsewhere."""
     policy, ref = tiny.llama(0), tiny.llama(1)

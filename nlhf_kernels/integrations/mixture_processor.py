@@ -22,7 +22,8 @@ class MixtureLogitsProcessor(LogitsProcessor):
     Temperature and filters of ``generate`` come after it, so they are those of the mixture.
     ``ref`` keeps a KV cache of its own: one forward over the prompts, then one token a call. Rows
     that beam search moves or copies are found again by their tokens; on anything else, as a new
-    prompt, the cache starts anew, so one processor serves any number of calls.
+    prompt, the cache starts anew, so one processor serves any number of calls. Call ``reset`` after
+    a change of the reference's weights.
 
     Args:
         policy: the model that generates.
@@ -97,12 +98,16 @@ class MixtureLogitsProcessor(LogitsProcessor):
         else:
             self.reset()
         positions = (attention.cumsum(-1) - 1).clamp(min=0)[:, -new.shape[1] :]
-        given = {"position_ids": positions, "logits_to_keep": 1}
+        # the reference may have a device of its own
+        device = self._model.get_input_embeddings().weight.device
+        given = {"position_ids": positions.to(device), "logits_to_keep": 1}
+        # a call that fails may leave a cache with half of a token in it
+        cache, self._cache = self._cache, None
         with self._adapters_off():
             output = self._model(
-                input_ids=new,
-                attention_mask=attention,
-                past_key_values=self._cache,
+                input_ids=new.to(device),
+                attention_mask=attention.to(device),
+                past_key_values=cache,
                 use_cache=True,
                 **{name: x for name, x in given.items() if name in self._takes},
             )

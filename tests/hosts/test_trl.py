@@ -189,6 +189,52 @@ def test_a_model_with_trls_own_head_gives_the_same(utils, one_thread, monkeypatc
     assert calls
 
 
+# what TRL and accelerate warn of is theirs
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_of_trl_learns_the_same(utils, load, one_thread, monkeypatch, tmp_path):
+    import datasets
+
+    trl = load("trl")
+    rows = [
+        {"prompt": f"w{i} w3", "chosen": f" w{i + 1} w5 w6", "rejected": f" w7 w{i}"}
+        for i in range(4)
+    ]
+    settings = trl.DPOConfig(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+    )
+    ran = []
+    for name in ("token_logprobs", "linear_token_logprobs"):
+        op = getattr(nk, name)
+        monkeypatch.setattr(nk, name, lambda *a, op=op, **k: ran.append(op) or op(*a, **k))
+    found = []
+    for patch in (lambda: None, integrations.trl.patch_trl):
+        patch()
+        assert not ran
+        models = {"model": tiny.llama(dtype=torch.float32)}
+        models["ref_model"] = tiny.llama(1, dtype=torch.float32)
+        trainer = trl.DPOTrainer(
+            **models,
+            args=settings,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tiny.tokenizer(),
+        )
+        trainer.train()
+        steps = [x for x in trainer.state.log_history if "loss" in x]
+        found.append([[x[key] for key in ("loss", "entropy", "logps/chosen")] for x in steps])
+    assert ran
+    assert len(found[0]) == 3
+    torch.testing.assert_close(*map(torch.tensor, found), rtol=1e-5, atol=1e-5)
+
+
 def test_the_example_agrees(load):
     load("trl")
     said = example("trl_ops")
