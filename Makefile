@@ -13,7 +13,7 @@ HOSTS := trl==1.16.0 verl==0.9.1 openrlhf==0.11.2
 HOSTS_TAKE := tensordict==0.10.0 ray==2.60.0 deepspeed==0.19.6 codetiming==1.4.0 omegaconf==2.4.0 \
   pylatexenc==2.11 einops==0.8.2 pyvers==0.2.3 cloudpickle==3.1.2 msgpack==1.2.4 orjson==3.13.0 \
   py-cpuinfo==9.0.0 hjson==3.1.0 jsonschema==4.26.0 jsonschema-specifications==2025.9.1 attrs==26.1.0 \
-  referencing==0.37.0 rpds-py==2026.9.1
+  referencing==0.37.0 rpds-py==2026.9.1 bitsandbytes==0.50.2
 OUT ?= build/gpu
 ARGS ?=
 .DEFAULT_GOAL := help
@@ -89,8 +89,8 @@ peers: build .venv-trl/.ready  ## what the bench compares with, as far as it ins
 	touch $@
 
 .PHONY: hosts
-hosts: build .venv-hosts/.ready .venv-trl/.hosts  ## the drop-ins in TRL, verl and OpenRLHF themselves
-	NLHF_EXPECT_HOSTS=trl,verl,openrlhf .venv-hosts/bin/python -m pytest tests/hosts $(ARGS)
+hosts: build .venv-hosts/.ready .venv-trl/.hosts  ## the drop-ins in TRL, verl and OpenRLHF themselves; ZeRO-3
+	NLHF_EXPECT_HOSTS=trl,verl,openrlhf,deepspeed,bitsandbytes .venv-hosts/bin/python -m pytest tests/hosts $(ARGS)
 	NLHF_EXPECT_HOSTS=trl,trl-nash-md .venv-trl/bin/python -m pytest tests/hosts/test_trl.py \
 	  tests/hosts/test_trl_nash_md.py tests/test_trl_compat.py tests/test_trl_trainer.py \
 	  tests/test_integrations_generate.py tests/test_integrations_lm_head.py $(ARGS)

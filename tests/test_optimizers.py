@@ -1,16 +1,13 @@
 """AdamW with master weights and with 8-bit moments: what arrives, and what a checkpoint keeps."""
 
-import shutil
 import sys
 import types
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from nlhf import algorithms, checkpoint, config, learner, optimizers, parts, train
+from nlhf import algorithms, checkpoint, config, learner, optimizers, parts
 from nlhf.optimizers import MasterAdamW
-from tests import tiny
 from tests.test_train import folder, metrics, settings, weights  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -139,7 +136,7 @@ class Counting(torch.optim.Optimizer):
 
 
 def test_the_state_of_8_bits_goes_through_a_checkpoint(folder, tmp_path, monkeypatch):  # noqa: F811
-    """With a stand-in for bitsandbytes; the tests below are with the real one."""
+    """With a stand-in for bitsandbytes; tests/hosts has the real one."""
     changes = {"eval_prompts": "", "optimizer": "adamw_8bit", "steps": 4}
     chosen = settings(folder, tmp_path, **changes)
     # before peft and transformers could find the stand-in
@@ -158,45 +155,3 @@ def test_the_state_of_8_bits_goes_through_a_checkpoint(folder, tmp_path, monkeyp
         assert torch.equal(a, b)
         assert whole.optimizer.state[a].keys() == resumed.optimizer.state[b].keys()
     assert {state["step"] for state in resumed.optimizer.state.values() if state} == {3}
-
-
-@pytest.fixture
-def bitsandbytes():
-    return pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-
-
-def test_8_bit_moments_descend_like_those_of_32(bitsandbytes):
-    generator = torch.Generator().manual_seed(0)
-    start, goal = torch.randn(2, 128, 64, generator=generator)
-    left = {}
-    for name in ("adamw", "adamw_8bit"):
-        weight = torch.nn.Parameter(start.clone())
-        optimizer = built([weight], optimizer=name)
-        for _ in range(100):
-            (weight - goal).square().sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        left[name] = (weight - goal).abs().mean().item()
-    assert optimizer.state[weight]["state1"].dtype == torch.uint8
-    assert left["adamw_8bit"] == pytest.approx(left["adamw"], rel=0.05)
-
-
-@pytest.mark.parametrize("changes", [{"lora_r": 64}, {"lora_r": 0, "dtype": "bfloat16"}])
-def test_8_bit_moments_resume_to_the_bit(folder, tmp_path, changes, bitsandbytes):  # noqa: F811
-    model = tiny.llama(dtype=torch.float32, hidden_size=128, intermediate_size=64)
-    model.save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
-    changes |= {"model": str(tmp_path / "model"), "optimizer": "adamw_8bit", "steps": 4}
-    changes |= {"eval_prompts": "", "checkpoint_every": 2}
-    train.run(settings(folder, tmp_path / "whole", **changes))
-    short = settings(folder, tmp_path / "cut", **changes)
-    train.run(short)
-    for name in ("checkpoints/step-000004", "model"):
-        shutil.rmtree(tmp_path / "cut" / name)
-    train.run(short, resume=True)
-    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
-    a, b = weights(tmp_path / "cut"), weights(tmp_path / "whole")
-    assert all(torch.equal(a[k], b[k]) for k in b)
-    kept = checkpoint.complete(tmp_path / "whole" / "checkpoints")[-1]
-    names = {key.rsplit("|")[1] for key in load_file(kept / "optimizer.safetensors")}
-    assert {"state1", "absmax1", "qmap1", "step"} <= names

@@ -17,12 +17,21 @@ collect_ignore_glob = [] if EXPECTED else ["test_*.py"]
 STUBS = Path(__file__).parent / "stubs"
 
 
+# TRL's Nash-MD trainer is in its older versions alone
+HOSTS = ("trl", "trl-nash-md", "verl", "openrlhf", "deepspeed", "bitsandbytes")
+
+
 def pytest_configure() -> None:
     for name in EXPECTED:
-        # TRL's Nash-MD trainer is in its older versions alone
-        if name not in ("trl", "trl-nash-md", "verl", "openrlhf"):
-            hosts = "trl, trl-nash-md, verl or openrlhf"
-            raise pytest.UsageError(f"NLHF_EXPECT_HOSTS names {name!r}: {hosts}")
+        if name not in HOSTS:
+            known = ", ".join(HOSTS)
+            raise pytest.UsageError(f"NLHF_EXPECT_HOSTS names {name!r}: one of {known}")
+
+
+def needs(host: str):
+    """A mark for tests of a host that is imported by what they test, not by them."""
+    why = f"NLHF_EXPECT_HOSTS does not name {host}"
+    return pytest.mark.skipif(host not in EXPECTED, reason=why)
 
 
 @pytest.fixture(scope="session")
