@@ -37,7 +37,7 @@ class Engine:
 
     def prepare(self, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
         """To be called once, with what a step is made by; ``max_norm`` of the gradient."""
-        self._optimizer, self._max_norm = optimizer, max_norm
+        self.optimizer, self._max_norm = optimizer, max_norm
 
     @contextlib.contextmanager
     def part(self, last: bool) -> Iterator[None]:
@@ -69,14 +69,14 @@ class Engine:
 
     def norm(self) -> Tensor:
         """Clip the gradient of the step; its norm before, the same everywhere."""
-        weights = [p for group in self._optimizer.param_groups for p in group["params"]]
+        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(weights, self._max_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def step(self) -> None:
         """The optimiser's step; gradients are 0 after it."""
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def full(self, weight: Tensor) -> Tensor:
         """The whole of a weight, to be asked for by every process."""
@@ -94,7 +94,7 @@ class Engine:
 
     def moments(self, weight: Tensor) -> dict[str, Any]:
         """The optimiser's state for it, by field; empty before the first step."""
-        return self._optimizer.state.get(weight, {})
+        return self.optimizer.state.get(weight, {})
 
     def restore(self, weight: Tensor, value: Tensor, moments: dict[str, Tensor]) -> None:
         """Take what ``value`` and ``moments`` once returned."""
@@ -102,7 +102,7 @@ class Engine:
         for field, x in moments.items():
             # AdamW keeps its step counter on the CPU and its moments beside the weights
             beside = "cpu" if field == "step" else weight.device
-            self._optimizer.state[weight][field] = x.to(beside)
+            self.optimizer.state[weight][field] = x.to(beside)
 
 
 class DDP(Engine):
@@ -282,7 +282,7 @@ class ZeRO3(FSDP2):
         flat, here = self._place(weight)
         return {
             field: x.clone() if x.dim() == 0 else self._whole(weight, x[here])
-            for field, x in self._optimizer.state.get(flat, {}).items()
+            for field, x in self.optimizer.state.get(flat, {}).items()
         }
 
     def restore(self, weight: Tensor, value: Tensor, moments: dict[str, Tensor]) -> None:
@@ -297,7 +297,7 @@ class ZeRO3(FSDP2):
 
         flat.data[here] = part(value)
         weight.ds_tensor.data.copy_(part(value))
-        state = self._optimizer.state[flat]
+        state = self.optimizer.state[flat]
         for field, x in moments.items():
             if x.dim() == 0:
                 state[field] = x

@@ -67,11 +67,20 @@ class Learner:
         for model in (pieces.ref, *self.copies.values(), *self._trunks):
             if model is not None:
                 self.engine.shard(model)
-        self.optimizer = optimizers.build(c, self.algorithm, trainable(pieces.policy).values())
-        self.engine.prepare(self.optimizer, c.max_grad_norm or math.inf)
+        optimizer = optimizers.build(c, self.algorithm, trainable(pieces.policy).values())
+        self.engine.prepare(optimizer, c.max_grad_norm or math.inf)
         head = "fused" if c.vocabulary_parallel else c.head
         self._forward = {"head": head, "packing": c.packing}
         self._reward = as_reward(pieces.preference) if self.algorithm.reward else None
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The engine's, which may be replaced by one of your own over the same weights."""
+        return self.engine.optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        self.engine.optimizer = optimizer
 
     @property
     def copies(self) -> dict[str, nn.Module]:
