@@ -93,12 +93,8 @@ def card(settings: Config, result: dict) -> str:
 
 
 def tags(algorithm: str) -> list[str]:
-    """The tags of a model: the family's, this package's and the algorithm's.
-
-    ``nash-md`` is the one by which the hub finds models of Nash learning. A tag that says which
-    other package made a model would be untrue.
-    """
-    return list(dict.fromkeys(["nlhf", "nash-md", algorithm.replace("_", "-")]))
+    """The two by which TRL marked such models, and the hub finds them; ours; the algorithm's."""
+    return list(dict.fromkeys(["trl", "nash-md", "nlhf", algorithm.replace("_", "-")]))
 
 
 def citation(algorithm: str) -> str:

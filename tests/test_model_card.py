@@ -44,7 +44,7 @@ def test_a_card_names_models_and_data_sets_of_the_hub():
     card = huggingface_hub.ModelCard(model_card.card(chosen, {}))
     assert card.data.base_model == "someone/base"
     assert card.data.datasets == ["trl-lib/tldr"]
-    assert card.data.tags == ["nlhf", "nash-md", "sppo"]
+    assert card.data.tags == ["trl", "nash-md", "nlhf", "sppo"]
     assert 'from_pretrained("me/mine")' in card.text
     assert "## Results" not in card.text
     assert "Self-Play Preference Optimization" in card.text
@@ -61,7 +61,7 @@ def test_metadata_is_what_the_hub_takes():
         "library_name": "transformers",
         "model_name": "tldr",
         "pipeline_tag": "text-generation",
-        "tags": ["nlhf", "nash-md", "nash-md-pg"],
+        "tags": ["trl", "nash-md", "nlhf", "nash-md-pg"],
     }
 
 

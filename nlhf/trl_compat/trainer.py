@@ -57,8 +57,8 @@ class NashMDTrainer(Trainer):
         ValueError: bad input; a setting, FSDP or DeepSpeed ZeRO-3, that is not served.
     """
 
-    # by the second the hub finds models of Nash learning; no part of TRL has made this one
-    _tag_names = ["nlhf", "nash-md"]  # noqa: RUF012
+    # TRL's two, by which the hub finds such models, and ours
+    _tag_names = ["trl", "nash-md", "nlhf"]  # noqa: RUF012
     _name = "Nash-MD"
     _paper = card.PAPER
 
