@@ -69,6 +69,7 @@ def launch(processes: int, *command: str, launcher=TORCHRUN, good=True) -> str:
     count = [f"--{'num_processes' if launcher is ACCELERATE else 'nproc-per-node'}={processes}"]
     result = subprocess.run(
         [sys.executable, "-m", *launcher, *count, *command],
+        cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip

@@ -1,8 +1,5 @@
 """The Nash-MD trainer with TRL's interface: what a Trainer owes, and what it refuses."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,7 @@ from transformers import TrainingArguments
 
 from nlhf.trl_compat import NashMDConfig, NashMDTrainer
 from tests import tiny, trl_ranks
+from tests.test_distributed import launch
 from tests.trl_tiny import classifier, prefer_even, prompts, settings, trainer, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -144,10 +142,7 @@ def test_what_is_saved_loads(tmp_path):
 
 
 def test_two_processes_do_what_one_does(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    script = [*launch, "tests/trl_ranks.py", str(tmp_path)]
-    subprocess.run(script, cwd=ROOT, env=env, check=True, capture_output=True)
+    launch(2, "tests/trl_ranks.py", str(tmp_path))
     together, won = torch.load(tmp_path / "result.pt")
     alone, won_alone = trl_ranks.run(tmp_path / "alone", 4)
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)

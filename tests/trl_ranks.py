@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from nlhf import distributed
 from tests import tiny
 from tests.trl_tiny import prompts, trainer, weights
 
@@ -31,3 +32,4 @@ if __name__ == "__main__":
     result = run(Path(sys.argv[1]), 2, ddp_backend="gloo")
     if torch.distributed.get_rank() == 0:
         torch.save(result, Path(sys.argv[1]) / "result.pt")
+    distributed.leave()
