@@ -20,7 +20,7 @@ TORCHRUN = ("torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=loc
 # on a machine without GPUs its choice falls on torchrun only where FSDP is asked for
 ACCELERATE = (
     "accelerate.commands.launch", "--use_fsdp", "--fsdp_version=2", "--mixed_precision=no",
-    "--num_machines=1", "--dynamo_backend=no",
+    "--num_machines=1", "--dynamo_backend=no", "--main_process_port=0",
 )  # fmt: skip
 
 
