@@ -319,9 +319,12 @@ def bare(model: nn.Module) -> nn.Module:
     To look at, not to run: the wrapper's forward pass is the one that its hooks belong to.
     """
     inner = model
-    while inner is not None and not hasattr(inner, "get_output_embeddings"):
-        inner = getattr(inner, "module", None)
-    return model if inner is None else inner
+    # by class and by children: some wrappers pass on every other name that they are asked for
+    while not hasattr(type(inner), "get_output_embeddings") and "module" in dict(
+        inner.named_children()
+    ):
+        inner = inner.module
+    return inner
 
 
 def class_name(model: nn.Module) -> str:
