@@ -77,6 +77,8 @@ class Config:
     """keep tokens of at least this share of the maximum; 0: all. A filter biases the gradient"""
     max_new_tokens: int = 64
     """longest completion, in tokens"""
+    cuda_graphs: bool = False
+    """rollouts record the step of a token as a CUDA graph; full attention through sdpa only"""
 
     server: str = ""
     """url of an inference server that draws the responses of the policy; "": they are drawn here"""

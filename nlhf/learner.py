@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import nlhf_kernels as nk
 from nlhf import algorithms, engines, importance, losses, memory, optimizers, parts, serving
 from nlhf.algorithms import Phase
+from nlhf.graphs import Graphs
 from nlhf.parts import Parts, plain
 from nlhf.players import Players, trainable
 from nlhf.reward import as_reward
@@ -47,6 +48,11 @@ class Learner:
                 f"config: {c.algorithm} keeps copies of the policy, which zero3 does not know: "
                 "take parallel = 'fsdp2'"
             )
+        if pieces.engine in ("fsdp2", "zero3") and c.copies_device:
+            raise ValueError(
+                f"config: copies_device needs all weights in one place, and {pieces.engine} shares "
+                "them out: leave it out"
+            )
         self.players = Players(
             self.algorithm,
             pieces.policy,
@@ -71,6 +77,8 @@ class Learner:
         self.engine.prepare(optimizer, c.max_grad_norm or math.inf)
         head = "fused" if c.vocabulary_parallel else c.head
         self._forward = {"head": head, "packing": c.packing}
+        # what was recorded in one step serves the next
+        self.graphs: Graphs | bool = Graphs() if c.cuda_graphs else False
         self._reward = as_reward(pieces.preference) if self.algorithm.reward else None
 
     @property
@@ -180,7 +188,9 @@ class Learner:
             draw = parts.seeds(c.seed, step, ids, self.parts.device)
             models = {id(side.model): side.model for side in sides}
             stack.enter_context(self.engine.decoding(*models.values(), self.parts.ref))
-            how = {"check": step == 0, "together": self.engine.together}
+            # a recording cannot look at the values of its draws
+            how = {"check": step == 0 and not self.graphs, "cuda_graphs": self.graphs}
+            how["together"] = self.engine.together
             pair, judges = self.parts.generate(prompts, sides, draw, served=bool(c.server), **how)
         return pair, judges
 

@@ -9,6 +9,7 @@ import torch
 
 from nlhf import cli, config, evaluate, learner, memory, parts, train
 from tests import tiny
+from tests.test_decoding import Emulated
 
 WORDS = [f"w{i}" for i in range(50)]
 
@@ -416,3 +417,16 @@ def test_config_round_trip_and_help(tmp_path):
     ):
         with pytest.raises(ValueError, match="must be a"):
             config.from_dict(bad, "test")
+
+
+def test_rollouts_play_back_what_they_recorded_in_a_step_before(folder, tmp_path):
+    chosen = settings(folder, tmp_path / "x", steps=4)
+    plain, recorded = (learner.Learner(parts.build(chosen)) for _ in range(2))
+    recorded.graphs = Emulated(bucket=16)
+    for step in range(3):
+        one, other = plain.step(step), recorded.step(step)
+        assert one["length"] == other["length"]
+        assert one["kl"] == pytest.approx(other["kl"], abs=1e-4)
+    assert recorded.graphs.log.count("play") > recorded.graphs.log.count("record") > 0
+    with pytest.raises(ValueError, match=r"cuda_graphs needs .* on CUDA, got them on cpu"):
+        learner.Learner(parts.build(settings(folder, tmp_path / "x", cuda_graphs=True))).step(0)
