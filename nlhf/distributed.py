@@ -5,7 +5,9 @@ step, and draws what a single process would draw for them: seeds follow prompts,
 """
 
 import datetime
+import logging
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,10 +109,18 @@ def join() -> World:
 
 
 def leave() -> None:
-    """At the end of the program: no process goes while another still talks to it."""
+    """End the program, as one of several processes, when all of them have come here.
+
+    At once and with nothing after it: taken down in the usual way, one process in twenty was
+    aborted by a thread of torch's own, long after all was written, and the launcher called the run
+    failed. A process alone goes on.
+    """
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(0)
 
 
 def engine_name(wanted: str) -> str:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from nlhf.algorithms import Algorithm
+from nlhf.config import Config
 from nlhf.distributed import ALONE, World
 from nlhf.policy import layers
 
@@ -315,3 +317,33 @@ class ZeRO3(FSDP2):
 
 
 ENGINES = {"": Engine, "ddp": DDP, "fsdp2": FSDP2, "zero3": ZeRO3}
+
+
+def check(config: Config, name: str, world: World, algorithm: Algorithm) -> None:
+    """ValueError for settings that an engine, or so many processes, cannot serve."""
+    if config.batch_size % world.size:
+        raise ValueError(
+            f"config: batch_size must be a multiple of the {world.size} processes, got "
+            f"{config.batch_size}"
+        )
+    if name == "zero3" and algorithm.copies:
+        raise ValueError(
+            f"config: {config.algorithm} keeps copies of the policy, which zero3 does not know: "
+            "take parallel = 'fsdp2'"
+        )
+    if not ENGINES[name].whole and config.copies_device:
+        raise ValueError(
+            f"config: copies_device needs all weights in one place, and {name} shares them out: "
+            "leave it out"
+        )
+    if config.vocabulary_parallel and name != "fsdp2":
+        raise ValueError(
+            f"config: vocabulary_parallel needs parallel = 'fsdp2', got {name or 'one process'}; "
+            "leave it off"
+        )
+
+
+def make(config: Config, name: str, policy: nn.Module, world: World) -> Engine:
+    """The engine of a run; copies of the policy are made before, since afterwards none can be."""
+    how = {"vocabulary_parallel": True} if config.vocabulary_parallel else {}
+    return ENGINES[name](policy, world, config.gather == "layer", **how)

@@ -38,21 +38,7 @@ class Learner:
         self.parts, self.world = pieces, world
         self.policy = pieces.policy
         self.algorithm = algorithms.check(c)
-        if c.batch_size % world.size:
-            raise ValueError(
-                f"config: batch_size must be a multiple of the {world.size} processes, got "
-                f"{c.batch_size}"
-            )
-        if pieces.engine == "zero3" and self.algorithm.copies:
-            raise ValueError(
-                f"config: {c.algorithm} keeps copies of the policy, which zero3 does not know: "
-                "take parallel = 'fsdp2'"
-            )
-        if pieces.engine in ("fsdp2", "zero3") and c.copies_device:
-            raise ValueError(
-                f"config: copies_device needs all weights in one place, and {pieces.engine} shares "
-                "them out: leave it out"
-            )
+        engines.check(c, pieces.engine, world, self.algorithm)
         self.players = Players(
             self.algorithm,
             pieces.policy,
@@ -60,15 +46,7 @@ class Learner:
             c.copies_device or None,
         )
         # after the copies, since what an engine has taken over cannot be copied
-        how = {"by_layer": c.gather == "layer"}
-        if c.vocabulary_parallel:
-            if pieces.engine != "fsdp2":
-                raise ValueError(
-                    "config: vocabulary_parallel needs parallel = 'fsdp2', got "
-                    f"{pieces.engine or 'one process'}; leave it off"
-                )
-            how["vocabulary_parallel"] = True
-        self.engine = engines.ENGINES[pieces.engine](pieces.policy, world, **how)
+        self.engine = engines.make(c, pieces.engine, pieces.policy, world)
         self._trunks = parts.trunks(pieces.preference, pieces.judge)
         for model in (pieces.ref, *self.copies.values(), *self._trunks):
             if model is not None:

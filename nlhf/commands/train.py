@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     except model_card.PushError as error:
         sys.stderr.write(f"nlhf: {error}\n")
         sys.exit(1)
-    distributed.leave()
     if result:
         sys.stdout.write("\n" + evaluate.table(result))
     sys.stdout.write(f"\nThe run is in {settings.output}: model/, report.md, curves.png\n")
+    distributed.leave()
