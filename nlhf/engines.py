@@ -119,8 +119,6 @@ class DDP(Engine):
         self._ddp = nn.parallel.DistributedDataParallel(
             policy,
             device_ids=[device.index] if device.type == "cuda" else None,
-            # nothing in a policy's buffers changes
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
         self.policy = self._ddp

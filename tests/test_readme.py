@@ -18,7 +18,7 @@ def block(first: str) -> str:
 
 
 def test_every_block_is_run_here():
-    firsts = ("nk.mixture_sample", "PairwiseModel", "generate_pair")
+    firsts = ("nk.mixture_sample", "MixtureLogitsProcessor", "PairwiseModel", "generate_pair")
     assert sorted(map(block, firsts)) == sorted(BLOCKS)
 
 
@@ -28,6 +28,18 @@ def test_the_ops_in_ten_lines():
     assert (names["draw"].tokens >= 0).all()
     assert names["logits"].grad.isfinite().all()
     assert names["out"].kl.shape == (4, 8)
+
+
+def test_the_ops_in_transformers(one_thread):
+    model, ref = tiny.llama(0, torch.float32), tiny.llama(1, torch.float32)
+    ids, mask = tiny.prompts([3, 5])
+    expected = model(ids, attention_mask=mask, labels=ids).loss
+    names = {"model": model, "ref": ref, "ids": ids, "mask": mask}
+    exec(block("MixtureLogitsProcessor"), names)
+    out = model(ids, attention_mask=mask, labels=ids)
+    assert out.logits is None
+    torch.testing.assert_close(out.loss, expected)
+    assert model.lm_head.weight.grad.abs().sum() > 0
 
 
 def test_a_preference_model(tmp_path, monkeypatch):
