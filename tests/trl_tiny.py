@@ -23,7 +23,8 @@ def prompts(count: int) -> list[dict]:
     return [{"prompt": f"w{i} w{i + 1} w{i + 2}"[: 3 + 3 * (i % 3)].strip()} for i in range(count)]
 
 
-def settings(folder, **changes) -> NashMDConfig:
+def settings(folder, cls=NashMDConfig, **changes):
+    """Of a short run, as our configuration or as TRL's own."""
     values = {
         "output_dir": str(folder),
         "use_cpu": True,
@@ -40,7 +41,7 @@ def settings(folder, **changes) -> NashMDConfig:
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
-    return NashMDConfig(**values | changes)
+    return cls(**values | changes)
 
 
 def trainer(folder, *, model=None, data=None, opinion=None, tokenizer=None, more=None, **changes):

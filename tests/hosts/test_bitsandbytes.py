@@ -8,11 +8,10 @@ from safetensors.torch import load_file
 
 from nlhf import checkpoint, train
 from tests import tiny
-from tests.hosts.conftest import needs
 from tests.test_optimizers import built
 from tests.test_train import folder, metrics, settings, weights  # noqa: F401
 
-pytestmark = [needs("bitsandbytes"), pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_8_bit_moments_descend_like_those_of_32():

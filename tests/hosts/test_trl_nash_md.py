@@ -1,7 +1,4 @@
-"""The Nash-MD trainer against TRL's own: the patch, and the interface and loss that it took over.
-
-NLHF_EXPECT_HOSTS, a list with commas, names "trl-nash-md" where TRL has to have its trainer.
-"""
+"""The trainer against TRL's own: the patch, and the interface and loss that it took over."""
 
 import dataclasses
 import importlib
@@ -17,20 +14,15 @@ import pytest
 import torch
 
 from nlhf import rollout, trl_compat
-from tests import tiny
+from tests import tiny, trl_tiny
 from tests.trl_tiny import classifier, log_mixture, prefer_even, prompts
 
 ROOT = Path(__file__).parents[2]
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-try:
-    with warnings.catch_warnings():
-        # TRL's own, of names that others have deprecated
-        warnings.simplefilter("ignore")
-        HOST = importlib.import_module("trl.experimental.nash_md")
-except ImportError as error:
-    if "trl-nash-md" in os.environ.get("NLHF_EXPECT_HOSTS", "").split(","):
-        raise
-    pytest.skip(f"TRL's Nash-MD trainer is not here: {error}", allow_module_level=True)
+with warnings.catch_warnings():
+    # TRL's own, of names that others have deprecated
+    warnings.simplefilter("ignore")
+    HOST = importlib.import_module("trl.experimental.nash_md")
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -47,22 +39,7 @@ def patched():
 
 
 def settings(folder, cls=None, **changes):
-    values = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "per_device_train_batch_size": 4,
-        "max_new_tokens": 5,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "learning_rate": 0.01,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
-    return (cls or HOST.NashMDConfig)(**values | changes)
+    return trl_tiny.settings(folder, cls or HOST.NashMDConfig, **changes)
 
 
 def trainer(folder, *, cls=None, model=None, more=None, opinion=None, **changes):

@@ -5,9 +5,7 @@ import torch
 from nlhf import train
 from tests import test_distributed as several
 from tests import tiny
-from tests.hosts.conftest import needs
 
-pytestmark = needs("deepspeed")
 LORA = several.LORA
 ENGINE = {"parallel": "zero3", "dtype": "float32"}
 CASES = {
