@@ -120,23 +120,27 @@ def load(checkpoint: Path, learner: Learner) -> int:
     with torch.no_grad():
         for name, own in copies.items():
             own.copy_(read[f"copies|{name}"])
+        moments: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+        for key in shapes["optimizer"]:
+            name, field = key.rsplit("|", 1)
+            moments[name][field] = read[f"optimizer|{key}"]
         for name, weight in names.items():
-            fields = {
-                key.rsplit("|", 1)[1]: x
-                for key, x in read.items()
-                if key.startswith(f"optimizer|{name}|")
-            }
-            engine.restore(weight, read[f"weights|{name}"], fields)
+            engine.restore(weight, read[f"weights|{name}"], moments[name])
     return step
 
 
 def _checked(checkpoint: Path) -> int:
     """The number of steps, after a look at every file."""
     state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
-    for name, wanted in state["sha256"].items():
+    try:
+        step, hashes = int(state["step"]), dict(state["sha256"])
+    except (KeyError, TypeError) as error:
+        # what the other processes are told of too
+        raise ValueError(f"{_STATE} lacks or misstates {error}") from None
+    for name, wanted in hashes.items():
         if _sha256(checkpoint / name) != wanted:
             raise ValueError(f"{name} does not match its hash")
-    return int(state["step"])
+    return step
 
 
 def _shapes(held: dict[str, tuple], kind: str) -> dict[str, tuple]:

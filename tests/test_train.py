@@ -375,6 +375,8 @@ DAMAGE = {
     "bit flipped": lambda c: damage_bits(first(c)),
     "no state": lambda c: (c / "state.json").unlink(),
     "state is not JSON": lambda c: (c / "state.json").write_text("{"),
+    "state without hashes": lambda c: (c / "state.json").write_text('{"step": 4}'),
+    "state of another kind": lambda c: (c / "state.json").write_text("[]"),
 }
 
 
