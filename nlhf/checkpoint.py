@@ -1,15 +1,13 @@
-"""Checkpoints: trainable weights, copies and optimiser state, hashed, renamed when complete.
+"""Checkpoints: trainable weights, copies and optimiser state, in ``nlhf.snapshots``.
 
 ``torch.distributed.checkpoint`` writes them, each process its own part, as safetensors that hold
 no code. A checkpoint may be read by any number of processes, whatever lay where. A run needs
-nothing else to go on: every draw and the order of the prompts follow from the seed and the step.
+nothing else to go on but a few counts: every draw and the order of the prompts follow from the seed
+and the step.
 """
 
 import contextlib
-import hashlib
 import itertools
-import json
-import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,29 +18,34 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from nlhf.data import replace_folder
+from nlhf import config, snapshots
 from nlhf.learner import Learner
 from nlhf.players import trainable
 
-_STATE = "state.json"
 _FILE_BYTES = 2**30
 _KINDS = ("weights", "optimizer", "copies")
 
 
 def save(folder: Path, step: int, learner: Learner, keep: int) -> Path:
-    """Write ``folder``/step-NNNNNN and delete all but the last ``keep``."""
-    final, world, engine = folder / f"step-{step:06d}", learner.world, learner.engine
+    """Write ``folder``/step-NNNNNN and delete all but the last ``keep``.
+
+    Raises:
+        ValueError: it cannot be written, for want of room for example; those before it are whole.
+    """
+    final, world, engine = snapshots.path_of(folder, step), learner.world, learner.engine
     tensors = {}
     for name, weight in trainable(learner.policy).items():
         tensors[f"weights|{name}"] = engine.value(weight)
         for field, moment in engine.moments(weight).items():
             tensors[f"optimizer|{name}|{field}"] = torch.as_tensor(moment)
     tensors |= {f"copies|{name}": weight for name, weight in _copies(learner).items()}
-    with contextlib.ExitStack() as stack:
-        if world.main:
-            new = stack.enter_context(replace_folder(final, marker=_STATE))
+    counts = learner.counts()
+    with (
+        snapshots.said(folder, step, dcp.CheckpointException, safetensors.SafetensorError),
+        contextlib.ExitStack() as stack,
+    ):
         # every process writes into the folder that the first one has made
-        place = world.first(lambda: new)
+        place = world.first(lambda: stack.enter_context(snapshots.new(folder, step)))
         writer = HuggingFaceStorageWriter(str(place), _files(tensors), save_distributed=True)
         with _alone_without_a_word():
             dcp.save(
@@ -50,11 +53,9 @@ def save(folder: Path, step: int, learner: Learner, keep: int) -> Path:
                 storage_writer=writer,
                 no_dist=world.size == 1,
             )
-        if world.main:
-            hashes = {path.name: _sha256(path) for path in sorted(place.glob("*.safetensors"))}
-            state = {"step": step, "sha256": hashes}
-            (place / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-    world.first(lambda: _forget(folder, keep))
+        of = config.identity(learner.parts.config)
+        world.first(lambda: snapshots.seal(place, step, counts=counts, settings=of))
+    world.first(lambda: snapshots.forget(folder, keep))
     return final
 
 
@@ -64,18 +65,8 @@ def _files(tensors: dict[str, Tensor]) -> dict[str, int]:
     return {name: n // _FILE_BYTES + 1 for name, n in zip(tensors, before, strict=False)}
 
 
-def _forget(folder: Path, keep: int) -> None:
-    for old in complete(folder)[:-keep]:
-        shutil.rmtree(old)
-
-
-def complete(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(folder.glob("step-*"))
-
-
 def load(checkpoint: Path, learner: Learner) -> int:
-    """Restore weights, copies and optimiser in place; return the number of steps done.
+    """Restore weights, copies, optimiser and counts in place; return the number of steps done.
 
     Raises:
         ValueError: a file is missing, damaged or of another model; nothing is changed then.
@@ -84,7 +75,7 @@ def load(checkpoint: Path, learner: Learner) -> int:
     names, copies = trainable(learner.policy), _copies(learner)
     try:
         # one process reads the hashes' gigabytes, and all learn what it found
-        step = learner.world.first(lambda: _checked(checkpoint))
+        state = learner.world.first(lambda: _checked(checkpoint, learner))
         reader = HuggingFaceStorageReader(str(checkpoint))
         held = {
             key: (tuple(kind.size), kind.properties.dtype)
@@ -113,10 +104,7 @@ def load(checkpoint: Path, learner: Learner) -> int:
         safetensors.SafetensorError,
         dcp.CheckpointException,
     ) as error:
-        raise ValueError(
-            f"checkpoint {checkpoint}: cannot be used: {error}; "
-            "delete this folder to go on from the one before it"
-        ) from None
+        raise ValueError(f"checkpoint {checkpoint}: cannot be used: {error}") from None
     with torch.no_grad():
         for name, own in copies.items():
             own.copy_(read[f"copies|{name}"])
@@ -126,21 +114,23 @@ def load(checkpoint: Path, learner: Learner) -> int:
             moments[name][field] = read[f"optimizer|{key}"]
         for name, weight in names.items():
             engine.restore(weight, read[f"weights|{name}"], moments[name])
-    return step
+    learner.count_on(state["step"], state["counts"])
+    return state["step"]
 
 
-def _checked(checkpoint: Path) -> int:
-    """The number of steps, after a look at every file."""
-    state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+def _checked(checkpoint: Path, learner: Learner) -> dict:
+    """Its state, if it is whole and of this run."""
+    state = snapshots.checked(checkpoint)
     try:
-        step, hashes = int(state["step"]), dict(state["sha256"])
-    except (KeyError, TypeError) as error:
-        # what the other processes are told of too
-        raise ValueError(f"{_STATE} lacks or misstates {error}") from None
-    for name, wanted in hashes.items():
-        if _sha256(checkpoint / name) != wanted:
-            raise ValueError(f"{name} does not match its hash")
-    return step
+        theirs = dict(state["settings"])
+        state["counts"] = {name: int(count) for name, count in state["counts"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{snapshots.STATE} lacks or misstates {error}") from None
+    for name, value in config.identity(learner.parts.config).items():
+        # one that is missing was none when it was written
+        if theirs.get(name, value) != value:
+            raise ValueError(f"it is of a run with {name} = {theirs[name]!r}, not {value!r}")
+    return state
 
 
 def _shapes(held: dict[str, tuple], kind: str) -> dict[str, tuple]:
@@ -162,8 +152,3 @@ def _alone_without_a_word() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load)")
         yield
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -121,6 +121,10 @@ class Config:
     """AdamW's weight decay"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm; 0: not clipped"""
+    max_skipped: int = 10
+    """steps in a row that may be skipped (docs/faults.md says when); one more ends the run"""
+    max_logp_difference: float = 0.0
+    """largest mean |log-probability at sampling - in training| of a step; 0: 0.01, bfloat16 0.2"""
 
     lora_r: int = begins("adapters, precision and device", 0)
     """rank of LoRA adapters on the linear layers; 0: all weights are trained"""
@@ -138,6 +142,8 @@ class Config:
     """auto: a GPU if there is one; or cpu, cuda, cuda:1"""
     parallel: str = "auto"
     """how processes share the work: ddp, fsdp2 or zero3; auto: as accelerate launch says, or ddp"""
+    collective_timeout: float = 1800.0
+    """seconds that processes wait for each other; then the run ends"""
     vocabulary_parallel: bool = False
     """fsdp2: each process takes its ids of the head for all tokens; the head is never gathered"""
     gather: str = "model"
@@ -181,6 +187,13 @@ class Config:
             )
 
 
+# what may differ between a run and its continuation: none of it changes what a step computes
+FREE = {"output", "device", "eval_every", "eval_samples", "report_samples"}
+FREE |= {"parallel", "gather", "vocabulary_parallel", "collective_timeout"}
+FREE |= {"checkpoint_every", "keep_checkpoints", "gradient_checkpointing"}
+FREE |= {"server", "server_key_env", "server_concurrency", "server_timeout"}
+FREE |= {"report_to", "push_to_hub", "hub_private", "max_skipped", "max_logp_difference"}
+
 _TINY = 1e-30
 DTYPES = ("float32", "bfloat16", "float64")
 _LIMITS = (
@@ -207,6 +220,9 @@ _LIMITS = (
     ("warmup_steps", 0, math.inf, "at least 0"),
     ("weight_decay", 0, 1e300, "at least 0 and finite"),
     ("max_grad_norm", 0, 1e300, "at least 0 and finite"),
+    ("max_skipped", 0, math.inf, "at least 0"),
+    ("max_logp_difference", 0, math.inf, "at least 0"),
+    ("collective_timeout", 1, 1e7, "in 1 to 1e7"),
     ("lora_r", 0, math.inf, "at least 0"),
     ("lora_alpha", 1, math.inf, "at least 1"),
     ("lora_layers", 0, math.inf, "at least 0"),
@@ -409,6 +425,11 @@ def _typed(name: str, value, kind: type, source: str):
         except ValueError:
             pass
     raise ValueError(f"config: {name} in {source} must be a {kind.__name__}, got {value!r}")
+
+
+def identity(config: Config) -> dict:
+    """The fields that a run and its continuation have in common."""
+    return {n: value for n, value in dataclasses.asdict(config).items() if n not in FREE}
 
 
 def dump(config) -> str:

@@ -53,7 +53,8 @@ LAYERS = [
 # nlhf, from the bottom: a module may import those of the lines above its own
 LOOP = [
     ["names", "progress"],
-    ["config", "data", "http", "tabular", "distributed"],
+    ["config", "data", "http", "tabular", "distributed", "stopping"],
+    ["snapshots"],
     ["preference"],
     ["preference_fit"],
     ["policy"],
