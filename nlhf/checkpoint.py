@@ -114,7 +114,7 @@ def load(checkpoint: Path, learner: Learner) -> int:
             moments[name][field] = read[f"optimizer|{key}"]
         for name, weight in names.items():
             engine.restore(weight, read[f"weights|{name}"], moments[name])
-    learner.count_on(state["step"], state["counts"])
+    learner.count_on(state["counts"])
     return state["step"]
 
 

@@ -4,19 +4,22 @@ They are those of ``torchrun`` or ``accelerate launch``. Each takes a share of t
 step, and draws what a single process would draw for them: seeds follow prompts, not processes.
 """
 
+import contextlib
 import datetime
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-# what a process waits for the others before it gives up: a report by one of them is not the end
-_TIMEOUT = datetime.timedelta(minutes=30)
+# seconds that a process waits for the others: a report by one of them is not the end
+TIMEOUT = 1800.0
+# what backends say of a process that is gone, or does not come
+_LOST = ("closed by peer", "reset by peer", "Broken pipe", "imed out", "imeout", "NCCL", "gloo")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,10 @@ class World:
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return bool(found)
 
+    def worst(self, problem: str) -> str:
+        """The first problem that one of them has; "" if none has any."""
+        return next(filter(None, self.gather([problem])), "")
+
     def first(self, do: Callable[[], Any]) -> Any:
         """What ``do`` returns, which the first process does and the others wait for.
 
@@ -71,11 +78,16 @@ class World:
             return do()
         said: list = [None, None]
         if self.main:
+            # what is not caught here the others must learn of too
+            said[1] = RuntimeError("the first process has failed")
             try:
-                said[0] = do()
+                said[:] = do(), None
             except (ValueError, OSError) as error:
                 said[1] = error
-        dist.broadcast_object_list(said)
+            finally:
+                dist.broadcast_object_list(said)
+        else:
+            dist.broadcast_object_list(said)
         if said[1] is not None:
             raise said[1]
         return said[0]
@@ -84,8 +96,10 @@ class World:
 ALONE = World()
 
 
-def join() -> World:
+def join(timeout: float = TIMEOUT) -> World:
     """This process among those of its launcher, after it has found them; alone without one.
+
+    timeout: seconds that they wait for each other, from the first call on.
 
     Raises:
         ValueError: the launcher's processes cannot be reached.
@@ -98,7 +112,7 @@ def join() -> World:
         # objects and frozen copies may lie on the CPU beside a policy on the GPU
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
-            dist.init_process_group(backend, timeout=_TIMEOUT)
+            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
         except (RuntimeError, ValueError) as error:
             first = str(error).splitlines()[0]
             raise ValueError(
@@ -106,6 +120,30 @@ def join() -> World:
                 "torchrun or accelerate launch"
             ) from None
     return World(dist.get_rank(), dist.get_world_size())
+
+
+class Lost(Exception):
+    """Another process of the run is gone, or did not come in time."""
+
+
+@contextlib.contextmanager
+def together(timeout: float) -> Iterator[None]:
+    """What waits for the others inside it says so if they do not come.
+
+    Raises:
+        Lost: instead of what torch's backends raise.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        several = dist.is_available() and dist.is_initialized()
+        if not several or not any(word in str(error) for word in _LOST):
+            raise
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise Lost(
+            f"another process of the run is gone, or did not come within collective_timeout = "
+            f"{timeout:g} s ({first}); its own output says why. Go on with --resume"
+        ) from error
 
 
 def leave() -> None:

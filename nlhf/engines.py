@@ -80,6 +80,10 @@ class Engine:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def forget(self) -> None:
+        """Take the gradients away, as if there had been no pass."""
+        self.optimizer.zero_grad()
+
     def full(self, weight: Tensor) -> Tensor:
         """The whole of a weight, to be asked for by every process."""
         return weight.detach()
@@ -259,10 +263,21 @@ class ZeRO3(FSDP2):
     def norm(self) -> Tensor:
         """It clips in its step, and says then what the norm was."""
         self._engine.step()
-        return torch.as_tensor(self._engine.get_global_grad_norm())
+        norm = torch.as_tensor(self._engine.get_global_grad_norm())
+        if not norm.isfinite():
+            raise ValueError(
+                f"train: the norm of the gradient is {norm.item()}, which DeepSpeed has stepped "
+                "with; go on from the last checkpoint with --resume and a lower learning_rate"
+            )
+        return norm
 
     def step(self) -> None:
         """Done with the norm."""
+
+    def forget(self) -> None:
+        """DeepSpeed's own."""
+        self._engine.zero_grad()
+        self._engine.optimizer.zero_grad()
 
     def full(self, weight: Tensor) -> Tensor:
         """The float32 master."""

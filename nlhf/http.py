@@ -34,6 +34,10 @@ if logging.getLogger("httpx2").level == logging.NOTSET:
     logging.getLogger("httpx2").setLevel(logging.WARNING)
 
 
+class Unavailable(ValueError):
+    """Nothing usable came, after all retries: it may come later."""
+
+
 class BadAnswer(Exception):
     """An answer that is not what was asked for: the request is sent again."""
 
@@ -152,7 +156,7 @@ class Client:
             wide = min(self._backoff * 2**attempt, _LONGEST_WAIT)
             pause = max(asked, wide * self._random.uniform(0.5, 1))
         times = f"{self._retries + 1} attempts" if self._retries else "one attempt"
-        raise ValueError(f"{self.name}: {why}, after {times}; is the server up and the url right?")
+        raise Unavailable(f"{self.name}: {why}, after {times}; is the server up and the url right?")
 
     def _read(self, read: Callable[[Any], T], answer: Any) -> T:
         try:

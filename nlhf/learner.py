@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -11,7 +12,18 @@ import torch
 from torch import Tensor, nn
 
 import nlhf_kernels as nk
-from nlhf import algorithms, engines, importance, losses, memory, optimizers, parts, serving
+from nlhf import (
+    algorithms,
+    engines,
+    http,
+    importance,
+    losses,
+    memory,
+    optimizers,
+    parts,
+    preference,
+    serving,
+)
 from nlhf.algorithms import Phase
 from nlhf.graphs import Graphs
 from nlhf.parts import Parts, plain
@@ -21,6 +33,8 @@ from nlhf.rollout import Completion, Pair
 
 # the stream of the words that round an average in bfloat16
 _AVERAGE = 2**40
+# nats on average between sampling and training, above which something is wrong
+_APART = {"float32": 0.01, "bfloat16": 0.2}
 
 
 class Learner:
@@ -58,6 +72,14 @@ class Learner:
         # what was recorded in one step serves the next
         self.graphs: Graphs | bool = Graphs() if c.cuda_graphs else False
         self._reward = as_reward(pieces.preference) if self.algorithm.reward else None
+        self.chunks = memory.Chunks(
+            "loss",
+            "set gradient_checkpointing, a smaller micro_batch_size or a shorter max_new_tokens",
+            c.micro_batch_size,
+            # the others would wait for what this process runs again
+            fixed=world.size > 1,
+        )
+        self.skipped, self.skipped_in_a_row, self.problem = 0, 0, ""
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -86,7 +108,15 @@ class Learner:
         """Step number ``step``, counted from 0; returns its metrics.
 
         ``kl`` is the mean of log(policy/ref) over the sampled y: the divergence where the policy
-        is who samples.
+        is who samples. ``sampling_logp_difference`` is the mean of |log-probability at sampling -
+        in training| over the tokens of y, and ``..._max`` the largest.
+
+        A step is skipped, which changes nothing but ``skipped`` and ``problem``, if its loss or
+        gradient is not finite, the preference gives no probabilities or its server no answer, or
+        the log-probabilities are too far apart.
+
+        Raises:
+            ValueError: bad settings; or it would be skipped and no step was good before.
         """
         c = self.parts.config
         phase, ended = self.algorithm.phase(step, c.inner_steps)
@@ -94,56 +124,174 @@ class Learner:
         everybody = prompt_ids(c.seed, step, c.batch_size, len(self.parts.prompts))
         ids = self.world.share(everybody)
         prompts = [self.parts.prompts[i % len(self.parts.prompts)] for i in ids]
-        with clock("generate"):
-            pair, judges = self.generate(phase, prompts, ids, step)
-        with clock("prefer"):
-            wins, other_wins = self.prefer(prompts, pair, judges)
-            preferred = wins.double().sum().item()
-            wins, other_wins = self.penalised(wins, other_wins, pair, judges)
-
-        results = []
-        size = c.micro_batch_size or len(wins)
-        for start in range(0, len(wins), size):
-            rows = slice(start, start + size)
-            lean = memory.recomputing(self.policy, c.gradient_checkpointing)
-            apart = memory.untied(self.policy) if self.engine.alone else contextlib.nullcontext()
-            with self.engine.part(last=start + size >= len(wins)):
-                with clock("lose"), apart, lean:
-                    other = None if other_wins is None else other_wins[rows]
-                    result = self.lose(phase, pair.rows(rows), wins[rows], other)
-                with clock("differentiate"):
-                    self.engine.backward(result.loss * (len(wins[rows]) / len(wins)))
-            results.append(result)
+        asked, problem = self._asked(), ""
+        try:
+            with clock("generate"):
+                pair, judges = self.generate(phase, prompts, ids, step)
+            with clock("prefer"):
+                wins, other_wins = self.prefer(prompts, pair, judges)
+                preferred = wins.double().sum().item()
+                wins, other_wins = self.penalised(wins, other_wins, pair, judges)
+        except (preference.Unusable, http.Unavailable) as error:
+            problem = str(error)
+        row: dict[str, float] = {"step": step + 1}
+        if not (problem := self.world.worst(problem)):
+            results = self._differentiate(phase, clock, pair, wins, other_wins)
+            row |= self._measured(results, pair, judges, preferred)
+            problem = self._unfit(results, row)
         with clock("update"):
-            norm = self.update(step)
+            if not problem:
+                norm = row["grad_norm"] = self.update(step).item()
+                if not math.isfinite(norm):
+                    problem = f"the norm of the gradient is {norm}"
+            if problem:
+                self.engine.forget()
             seed = nk.fold_in(nk.fold_in(c.seed, step), _AVERAGE)
-            self.players.advance(phase, ended, c.ema_decay, seed)
+            self.players.advance(phase, ended, c.ema_decay, seed, learned=not problem)
+        self._count(step, problem)
+        if problem:
+            row = {"step": step + 1}
+        else:
+            row["tokens_per_second"] = row.pop("drawn") / sum(clock.seconds.values())
+        return row | {
+            "skipped": self.skipped,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            **self._asked(asked),
+            **{f"seconds_{phase}": seconds for phase, seconds in clock.seconds.items()},
+        }
 
+    def _differentiate(
+        self, phase: Phase, clock: "Clock", pair: Pair, wins: Tensor, other_wins: Tensor | None
+    ) -> list:
+        """The gradient of the step, a micro-batch at a time; what their losses say."""
+
+        def run() -> list:
+            results = []
+            for rows in self.chunks.over(len(wins)):
+                lean = memory.recomputing(self.policy, self.parts.config.gradient_checkpointing)
+                apart = (
+                    memory.untied(self.policy) if self.engine.alone else contextlib.nullcontext()
+                )
+                with self.engine.part(last=rows.stop == len(wins)):
+                    with clock("lose"), apart, lean:
+                        other = None if other_wins is None else other_wins[rows]
+                        result = self.lose(phase, pair.rows(rows), wins[rows], other)
+                    with clock("differentiate"):
+                        self.engine.backward(result.loss * (len(wins[rows]) / len(wins)))
+                results.append(result._replace(loss=result.loss.detach()))
+            return results
+
+        while True:
+            found = self.chunks.attempt(self.chunks.size or len(wins), run)
+            if found is not None:
+                return found
+            self.engine.forget()
+
+    def _measured(
+        self, results: list, pair: Pair, judges: list[Completion], preferred: float
+    ) -> dict[str, float]:
+        """The metrics of what was drawn and read."""
         tokens = pair.y.mask.sum().item()
         names = ("kl", "entropy")
+        apart = self._apart(results, pair)
         total = self.world.sum(
             {
-                "rows": len(wins),
+                "rows": len(pair.y.tokens),
                 "preference": preferred,
                 "ended": self.ended(pair.y).sum().item(),
                 "tokens": tokens,
                 "drawn": tokens + sum(x.mask.sum().item() for x in (pair.y_other, *judges)),
+                "apart": 0.0 if apart is None else apart.sum().item(),
             }
             | {name: sum(getattr(r, name).sum().item() for r in results) for name in names}
         )
-        return {
-            "step": step + 1,
+        row = {
             "preference": total["preference"] / total["rows"],
             "ended": total["ended"] / total["rows"],
             "kl": total["kl"] / total["rows"],
             "entropy": total["entropy"] / total["tokens"],
             "length": total["tokens"] / total["rows"],
-            "grad_norm": norm.item(),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "tokens_per_second": total["drawn"] / sum(clock.seconds.values()),
-            **self._of_weights(results),
-            **{f"seconds_{phase}": seconds for phase, seconds in clock.seconds.items()},
+            "drawn": total["drawn"],
         }
+        if apart is not None:
+            most = self.world.gather([apart.max().item()])
+            row["sampling_logp_difference"] = total["apart"] / total["tokens"]
+            row["sampling_logp_difference_max"] = max(most)
+        return row | self._of_weights(results)
+
+    def _apart(self, results: list, pair: Pair) -> Tensor | None:
+        """(B, T) how far log-probabilities at sampling and in training are apart, 0 under the mask.
+
+        None where nobody knows the former: of responses of another player, or through filters of a
+        server's.
+        """
+        c, drawn = self.parts.config, pair.y.policy_logprobs
+        if c.server:
+            filtered = serving.sampling(c, ()).filtered
+            drawn = None if filtered else pair.y.sampling_logprobs
+        if drawn is None or self.algorithm.sampler != "policy":
+            return None
+        read = torch.cat([result.logprobs.detach() for result in results])
+        return torch.where(pair.y.mask, (read.double() - drawn.double()).abs(), 0)
+
+    def _unfit(self, results: list, row: dict[str, float]) -> str:
+        """Why nothing should be learned from a step; "" if something should."""
+        c = self.parts.config
+        loss = sum(result.loss.item() for result in results)
+        problem = "" if math.isfinite(loss) else f"the loss is {loss}"
+        apart = row.get("sampling_logp_difference", 0.0)
+        most = c.max_logp_difference or _APART.get(c.dtype, _APART["float32"])
+        # with importance weights it is a part of the loss; written so that NaN counts as too far
+        if not problem and c.importance == "none" and not apart <= most:
+            problem = (
+                f"log-probabilities at sampling and in training are {apart:.3g} apart on average, "
+                f"more than max_logp_difference = {most:g}"
+            )
+            if c.server:
+                problem += " (does the server still have these weights? or set importance)"
+        return self.world.worst(problem)
+
+    def _count(self, step: int, problem: str) -> None:
+        self.problem = problem
+        if not problem:
+            self.skipped_in_a_row = 0
+            return
+        if step <= self.skipped:
+            # no step was good yet: it is the settings, and not the time
+            raise ValueError(f"train: step {step + 1}: {problem}")
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.world.main:
+            logging.getLogger(__name__).warning("step %d is skipped: %s", step + 1, problem)
+
+    def counts(self) -> dict[str, int]:
+        """What a run must know to go on, beside weights and moments."""
+        return {
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "rows": self.chunks.size,
+            "prompts": self.parts.chunks.size,
+        }
+
+    def count_on(self, counts: dict[str, int]) -> None:
+        """Take what ``counts`` once returned."""
+        self.skipped, self.skipped_in_a_row = counts["skipped"], counts["skipped_in_a_row"]
+        self.parts.chunks.size = counts["prompts"]
+        # a smaller micro-batch may have been asked for since
+        if counts["rows"]:
+            self.chunks.size = min(counts["rows"], self.chunks.size or counts["rows"])
+
+    def _asked(self, before: dict[str, int] | None = None) -> dict[str, int]:
+        """Requests to a judge over HTTP, and how many of them were sent again, since ``before``."""
+        inner = self.parts.preference
+        while not hasattr(inner, "stats") and hasattr(inner, "preference"):
+            inner = inner.preference
+        names = ("requests", "retries")
+        stats = getattr(inner, "stats", {})
+        found = {f"judge_{name}": stats[name] for name in names if name in stats}
+        if before is None:
+            return found
+        return self.world.sum({name: found[name] - before[name] for name in found})
 
     def generate(
         self, phase: Phase, prompts: list, ids: list[int], step: int
@@ -280,8 +428,7 @@ class Learner:
         c = self.parts.config
         if c.importance == "none":
             return {}
-        # of all processes, without their graphs
-        everybody = self.world.gather([r._replace(loss=r.loss.detach()) for r in results])
+        everybody = self.world.gather(results)
         return importance.metrics(everybody, c.importance, serving.sampling(c, ()).filtered)
 
     def _logprobs(self, name: str, pair: Pair, completion: Completion) -> Tensor:
@@ -297,17 +444,13 @@ class Learner:
             )
 
     def update(self, step: int) -> Tensor:
-        """The optimiser's step; the norm of the gradient before it was clipped."""
+        """The optimiser's step, if the gradient is finite; its norm before it was clipped."""
         c = self.parts.config
         for group in self.optimizer.param_groups:
             group["lr"] = c.learning_rate * rate(step, c.warmup_steps, c.steps)
         norm = self.engine.norm()
-        if not norm.isfinite():
-            raise ValueError(
-                f"train: the gradient of step {step + 1} is not finite; go on from the last "
-                "checkpoint with --resume, or start again with a lower learning_rate"
-            )
-        self.engine.step()
+        if norm.isfinite():
+            self.engine.step()
         return norm
 
 

@@ -1,13 +1,86 @@
-"""Contexts in which a loss and its gradient take less memory."""
+"""What takes less memory: contexts of a loss and its gradient, and fewer rows at a time."""
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import gc
+import logging
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nlhf import policy as policies
+
+T = TypeVar("T")
+
+# what allocators say that raise nothing of their own
+_WORDS = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+
+
+class Chunks:
+    """How many rows go through a model at a time: half as many from when memory has run out.
+
+    what: where it runs out, for the log and for errors.
+    remedy: what to set where a single row is too much.
+    size: at first; 0: all of them.
+    fixed: they stay so many, and ``remedy`` is said at once.
+    """
+
+    def __init__(self, what: str, remedy: str, size: int = 0, fixed: bool = False):
+        self.size = size
+        self._what, self._remedy, self._fixed = what, remedy, fixed
+
+    def over(self, count: int) -> Iterator[slice]:
+        """All rows in order, as many at a time as there is room for now."""
+        start = 0
+        while start < count:
+            yield slice(start, start := min(start + (self.size or count), count))
+
+    def each(self, count: int, run: Callable[[slice], T]) -> list[T]:
+        """``run`` of each chunk; one that does not fit is run again in two."""
+        results: list[T] = []
+        start = 0
+        while start < count:
+            rows = slice(start, min(start + (self.size or count), count))
+            found = self.attempt(rows.stop - rows.start, lambda rows=rows: [run(rows)])
+            if found is not None:
+                results += found
+                start = rows.stop
+        return results
+
+    def attempt(self, rows: int, run: Callable[[], T]) -> T | None:
+        """``run``'s result; None if memory ran out, for which ``rows`` at a time were too many.
+
+        Raises:
+            ValueError: there was a single row, or their number is fixed.
+        """
+        try:
+            return run()
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not ran_out(error):
+                raise
+            said = next(iter(str(error).splitlines()), "") or type(error).__name__
+        # here the error and what its frames held are gone
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if rows < 2 or self._fixed:
+            many = "1 row" if rows == 1 else f"{rows} rows at a time"
+            raise ValueError(f"{self._what}: out of memory with {many} ({said}); {self._remedy}")
+        self.size = -(-rows // 2)
+        logging.getLogger(__name__).warning(
+            "%s: out of memory with %d rows at a time, %d from now on (%s)",
+            self._what, rows, self.size, said,
+        )  # fmt: skip
+        return None
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error is of memory, of a GPU or the machine, that there was not enough of."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or any(word in str(error) for word in _WORDS)
 
 
 @contextlib.contextmanager

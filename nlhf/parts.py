@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import nlhf_kernels as nk
-from nlhf import data, losses, policy, preference, rollout, serving
+from nlhf import data, losses, memory, policy, preference, rollout, serving
 from nlhf.config import Config
 from nlhf.distributed import ALONE, World, engine_name, join
 
@@ -31,6 +31,10 @@ class Parts:
     world: World = ALONE
     engine: str = ""
     """of nlhf.engines.ENGINES"""
+    chunks: memory.Chunks = dataclasses.field(
+        default_factory=lambda: memory.Chunks("rollout", "set a shorter max_new_tokens")
+    )
+    """prompts at a time of a rollout"""
 
     def encode(self, prompts: list) -> tuple[Tensor, Tensor]:
         return encode(self.tokenizer, prompts, self.device)
@@ -80,7 +84,15 @@ class Parts:
         here = [side for side, there in zip(sides, elsewhere, strict=True) if not there]
         drawn = iter(())
         if here:
-            drawn = iter(rollout.generate(here, self.ref, *ids, seed=seeds, **chosen | settings))
+            chosen |= settings
+
+            def draw(rows: slice) -> list[rollout.Completion]:
+                some = (x[rows] for x in ids)
+                return rollout.generate(here, self.ref, *some, seed=seeds[rows], **chosen)
+
+            pieces = self.chunks.each(len(prompts), draw)
+            pad = chosen["pad_token_id"]
+            drawn = iter([rollout.joined(side, pad) for side in zip(*pieces, strict=True)])
         y, y_other, *more = [
             self._served(ids, nk.fold_in(seeds, s), side.n_samples) if elsewhere[s] else next(drawn)
             for s, side in enumerate(sides)
@@ -222,6 +234,12 @@ def _assemble(config, device, prompts, eval_prompts, opinion, judge, lexicon) ->
         device,
         join(),
         engine_name(config.parallel),
+        # where all processes run each layer together, none may run it more often
+        memory.Chunks(
+            "rollout",
+            "set a shorter max_new_tokens or a smaller batch_size",
+            fixed=join().size > 1 and config.gather == "layer",
+        ),
     )
 
 

@@ -127,10 +127,15 @@ class Players:
         else:
             yield self.policy
 
-    def advance(self, phase: Phase, ended: bool, ema_decay: float, seed: int) -> None:
-        """After a step: the average follows the policy; where the phase ended, copies are made."""
+    def advance(
+        self, phase: Phase, ended: bool, ema_decay: float, seed: int, *, learned: bool = True
+    ) -> None:
+        """After a step: the average follows the policy; where the phase ended, copies are made.
+
+        learned: False for a step that was skipped, in which the average stands still.
+        """
         weights = list(trainable(self.policy).values())
-        if "ema" in self.copies:
+        if learned and "ema" in self.copies:
             self.copies["ema"].average(weights, ema_decay, seed)
         for name, source in phase.then if ended else ():
             taken = weights if source == "policy" else self.copies[source].weights

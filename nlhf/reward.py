@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nlhf.preference import Checked, JoinPrompt
+from nlhf.preference import Checked, JoinPrompt, Unusable
 
 Reward = Callable[[list[str], list[str]], Tensor]
 
@@ -14,16 +14,20 @@ def as_reward(preference: Callable) -> Reward:
     """r(prompts, responses) -> (B,) float32 of a reward model, or of anything with ``reward``.
 
     Raises:
-        ValueError: the preference is not made of a reward; later, its answer is not B finite
-            numbers.
+        ValueError: the preference is not made of a reward; later, its answer is not B numbers, or
+            (``Unusable``) they are not finite.
     """
     found = _reward(preference.preference if isinstance(preference, Checked) else preference)
 
     def checked(prompts: list[str], responses: list[str]) -> Tensor:
         answer = torch.as_tensor(found(prompts, responses)).detach().to("cpu", torch.float32)
-        if answer.shape != (len(responses),) or not answer.isfinite().all():
-            got = f"got {tuple(answer.shape)}, {answer.isfinite().sum()} of them finite"
-            raise ValueError(f"reward: must return ({len(responses)},) finite numbers, {got}")
+        if answer.shape != (len(responses),):
+            got = tuple(answer.shape)
+            raise ValueError(f"reward: must return ({len(responses)},) numbers, got {got}")
+        wrong = (~answer.isfinite()).nonzero()[:, 0]
+        if len(wrong):
+            i = int(wrong[0])
+            raise Unusable(f"reward: must be a finite number, got {answer[i].item()} at index {i}")
         return answer
 
     return checked

@@ -4,6 +4,7 @@ Legend: P prompts of width L, R rows (responses), T tokens, V vocabulary.
 """
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,22 @@ class Completion:
     def rows(self, index: slice | Tensor) -> "Completion":
         """Some of the rows: a micro-batch."""
         return Completion(*(None if x is None else x[index] for x in vars(self).values()))
+
+
+def joined(pieces: Sequence[Completion], pad_token_id: int) -> Completion:
+    """The rows of several completions, one below the other, padded to the longest."""
+    if len(pieces) == 1:
+        return pieces[0]
+    T = max(piece.tokens.shape[1] for piece in pieces)
+
+    def rows(name: str) -> Tensor | None:
+        found = [getattr(piece, name) for piece in pieces]
+        if any(x is None for x in found):
+            return None
+        fill = pad_token_id if name == "tokens" else 0
+        return torch.cat([nn.functional.pad(x, (0, T - x.shape[1]), value=fill) for x in found])
+
+    return Completion(*(rows(field.name) for field in dataclasses.fields(Completion)))
 
 
 @dataclass(frozen=True)

@@ -185,6 +185,8 @@ class Log:
         self._progress.advance(text=self._text(row))
 
     def _text(self, row: dict[str, float]) -> str:
+        if "preference" not in row:
+            return f"skipped, {row['skipped']} so far"
         # not known before the first measurement
         versus = "" if math.isnan(self._versus) else f"vs ref {self._versus:.3f}, "
         phases = {k.removeprefix("seconds_"): v for k, v in row.items() if "seconds_" in k}

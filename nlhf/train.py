@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
+import logging
+import shlex
 from pathlib import Path
 
 import torch
@@ -14,46 +17,62 @@ from nlhf import (
     diagnosis,
     distributed,
     evaluate,
+    http,
     model_card,
     parts,
     plots,
     policy,
+    preference,
+    snapshots,
     tracking,
 )
 from nlhf.config import Config
 from nlhf.learner import Learner
 from nlhf.players import trainable
+from nlhf.stopping import Stop, Stopped
 
-# what may differ between a run and its continuation: none of it changes the weights
-_FREE = {"output", "device", "eval_every", "eval_samples", "report_samples"}
-_FREE |= {
-    "parallel",
-    "gather",
-    "vocabulary_parallel",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "gradient_checkpointing",
-}
-_FREE |= {"server", "server_key_env", "server_concurrency", "server_timeout"}
-_FREE |= {"report_to", "push_to_hub", "hub_private"}
+
+class Interrupted(Exception):
+    """A signal ended a run; what it has reached is saved, and the text says how to go on."""
 
 
 def run(settings: Config, resume: bool = False) -> dict:
     """Train as configured, write everything into ``settings.output`` and return the final report.
 
+    SIGTERM or Ctrl-C end a run after the step that is under way. A step that nothing should be
+    learned from is skipped (``Learner.step``); more than ``settings.max_skipped`` in a row end it.
+
     Args:
         settings: the configuration.
-        resume: go on from the last checkpoint of the run in the output folder, or start if none is
-            there.
+        resume: go on from the last checkpoint of the run in the output folder that can be used, or
+            start if none is there.
 
     Returns:
         The report of ``evaluate.report``; empty without held-out prompts.
 
     Raises:
-        ValueError: bad input; the output folder holds another run, or one without ``resume``.
+        ValueError: bad input; the output folder holds another run, or one without ``resume``; no
+            checkpoint of it can be used, or a new one cannot be written; too many steps skipped.
+        Interrupted: a signal came, and the run is saved.
+        distributed.Lost: another process of the run is gone.
         model_card.PushError: the run is whole and saved, but not on the hub.
     """
-    output, world = Path(settings.output), distributed.join()
+    with Stop() as stop, distributed.together(settings.collective_timeout):
+        try:
+            return _run(settings, resume, stop)
+        except Stopped:
+            raise Interrupted(_how_to_go_on(settings, stop, "nothing is lost")) from None
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise ValueError(
+                f"train: no room left on the disk of {settings.output}: make some, then go on with "
+                "--resume"
+            ) from error
+
+
+def _run(settings: Config, resume: bool, stop: Stop) -> dict:
+    output, world = Path(settings.output), distributed.join(settings.collective_timeout)
     algorithms.check(settings)
     tracking.trackers(settings.report_to)
     model_card.check_hub_name(settings.push_to_hub)
@@ -61,18 +80,18 @@ def run(settings: Config, resume: bool = False) -> dict:
     pieces = parts.build(settings)
     learner = Learner(pieces)
     world.first(lambda: _open(output, settings))
-    saved = world.first(lambda: checkpoint.complete(output / "checkpoints"))
-    done = checkpoint.load(saved[-1], learner) if saved else 0
+    folder = output / "checkpoints"
+    done = snapshots.newest(folder, lambda path: checkpoint.load(path, learner), world) or 0
     metrics = world.first(lambda: _keep_metrics(output / "metrics.jsonl", done))
     world.first(lambda: _keep_metrics(output / "samples.jsonl", done))
     found = diagnosis.history(metrics, settings)
-    with tracking.Log(output, settings, done) if world.main else tracking.Quiet() as log:
+    log = tracking.Log(output, settings, done) if world.main else tracking.Quiet()
+    with log, stop.finishing():
         for step in range(done, settings.steps):
             row, samples = learner.step(step), []
             every = settings.eval_every
             if every and pieces.eval_prompts and (step + 1) % every == 0:
-                with learner.gathered():
-                    figures, samples = evaluate.quick(pieces, learner.engine.together)
+                figures, samples = _measured(learner)
                 row |= figures
             log(row, samples)
             metrics.append(row)
@@ -80,17 +99,55 @@ def run(settings: Config, resume: bool = False) -> dict:
                 if finding.name not in {before.name for before in found}:
                     found.append(finding)
                     log.warn(finding)
-            last = step + 1 == settings.steps
-            if settings.checkpoint_every and (last or (step + 1) % settings.checkpoint_every == 0):
-                keep = settings.keep_checkpoints
-                folder = output / "checkpoints"
-                checkpoint.save(folder, step + 1, learner, keep)
+            asked = world.any(bool(stop.asked))
+            if asked or _due(settings, step + 1, learner.skipped_in_a_row):
+                checkpoint.save(folder, step + 1, learner, settings.keep_checkpoints)
+            _check_skipped(learner, step + 1)
+            if asked:
+                what = f"after step {step + 1} of {settings.steps}, saved"
+                raise Interrupted(_how_to_go_on(settings, stop, what))
     result = _finish(learner, metrics, output, found)
     world.first(lambda: _write_cards(output, settings, result))
     # the others have nothing left to wait for
     if settings.push_to_hub and world.main:
         model_card.push(output / "model", settings.push_to_hub, settings.hub_private)
     return result
+
+
+def _due(settings: Config, done: int, skipped_in_a_row: int) -> bool:
+    """Whether to write a checkpoint; also before what may be the end of a run that goes wrong."""
+    every = settings.checkpoint_every
+    return bool(every) and (done == settings.steps or done % every == 0 or skipped_in_a_row == 1)
+
+
+def _check_skipped(learner: Learner, done: int) -> None:
+    count, settings = learner.skipped_in_a_row, learner.parts.config
+    if count > settings.max_skipped:
+        raise ValueError(
+            f"train: {count} steps in a row were skipped, up to step {done}: {learner.problem}; "
+            "see to it, then go on with --resume"
+        )
+
+
+def _measured(learner: Learner) -> tuple[dict[str, float], list]:
+    """A measurement on held-out prompts; nothing where no preference can be had."""
+    problem, found = "", ({}, [])
+    try:
+        with learner.gathered():
+            found = evaluate.quick(learner.parts, learner.engine.together)
+    except (preference.Unusable, http.Unavailable) as error:
+        problem = str(error)
+    if problem and learner.world.size > 1:
+        raise ValueError(problem)
+    if problem:
+        logging.getLogger(__name__).warning("a measurement is left out: %s", problem)
+    return found
+
+
+def _how_to_go_on(settings: Config, stop: Stop, what: str) -> str:
+    words = ["nlhf", "train", "--config", str(Path(settings.output) / "config.yaml"), "--resume"]
+    by = f" by {stop.asked}" if stop.asked else ""
+    return f"Stopped{by}, {what}. Go on with: {shlex.join(words)}"
 
 
 def _write_cards(output: Path, settings: Config, result: dict) -> None:
@@ -100,8 +157,9 @@ def _write_cards(output: Path, settings: Config, result: dict) -> None:
 
 def _open(output: Path, settings: Config) -> None:
     output.mkdir(parents=True, exist_ok=True)
+    (output / "checkpoints").mkdir(exist_ok=True)
     if not _started(output):
-        config.save(settings, output / "config.yaml")
+        snapshots.write(output / "config.yaml", config.dump(settings))
 
 
 def _finish(learner: Learner, metrics: list[dict], output: Path, found: list) -> dict:
@@ -149,6 +207,9 @@ def _save(learner: Learner, weights: dict, model: torch.nn.Module, folder: Path)
 def _claim(output: Path, settings: Config, resume: bool) -> None:
     """Refuse an output folder that holds another run, so that nothing is written over."""
     path = output / "config.yaml"
+    if resume and output.is_dir():
+        for folder in (output, output / "checkpoints"):
+            snapshots.clean(folder)
     if not path.exists():
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise ValueError(f"train: {output} exists and holds no run: choose another --output")
@@ -163,9 +224,9 @@ def _claim(output: Path, settings: Config, resume: bool) -> None:
             f"train: {output} already holds a run: give --resume to go on with it, or another "
             "--output"
         )
-    before = dataclasses.asdict(config.load(str(path)))
-    for name, value in dataclasses.asdict(settings).items():
-        if name not in _FREE and value != before[name]:
+    before = config.identity(config.load(str(path)))
+    for name, value in config.identity(settings).items():
+        if value != before[name]:
             raise ValueError(
                 f"train: the run in {output} has {name} = {before[name]!r}, not {value!r}: "
                 "resume it with its own settings, or choose another --output"
@@ -176,7 +237,9 @@ def _started(output: Path) -> bool:
     """Whether a run got as far as its first step; before that there is nothing to lose."""
     metrics = output / "metrics.jsonl"
     done = metrics.exists() and metrics.stat().st_size > 0
-    return done or (output / "checkpoints").exists() or (output / "model").exists()
+    checkpoints = output / "checkpoints"
+    any_saved = checkpoints.is_dir() and any(checkpoints.iterdir())
+    return done or any_saved or (output / "model").exists()
 
 
 def _keep_metrics(path: Path, done: int) -> list[dict]:
@@ -184,13 +247,10 @@ def _keep_metrics(path: Path, done: int) -> list[dict]:
     if not path.exists():
         return []
     rows = []
-    # a text may hold characters that splitlines takes for the end of one
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in path.read_bytes().split(b"\n"):
         # a line that was cut short by a kill is one that the checkpoint does not cover
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     rows = [row for row in rows if row["step"] <= done]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    partial.rename(path)
+    snapshots.write(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows

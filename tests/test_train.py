@@ -360,51 +360,6 @@ def test_a_chat_template_brings_its_own_special_tokens(folder, tmp_path):
     assert pieces.end_tokens() == [2]
 
 
-def first(checkpoint):
-    return min(checkpoint.glob("*.safetensors"))
-
-
-def damage_bits(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-DAMAGE = {
-    "truncated": lambda c: first(c).write_bytes(b"x" * 10),
-    "bit flipped": lambda c: damage_bits(first(c)),
-    "no state": lambda c: (c / "state.json").unlink(),
-    "state is not JSON": lambda c: (c / "state.json").write_text("{"),
-    "state without hashes": lambda c: (c / "state.json").write_text('{"step": 4}'),
-    "state of another kind": lambda c: (c / "state.json").write_text("[]"),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGE)
-def test_a_corrupt_checkpoint_is_named(folder, tmp_path, name):
-    chosen = settings(folder, tmp_path / "run", steps=4, eval_prompts="")
-    train.run(chosen)
-    last = tmp_path / "run" / "checkpoints" / "step-000004"
-    DAMAGE[name](last)
-    with pytest.raises(ValueError, match=r"checkpoint .*step-000004: cannot be used"):
-        train.run(chosen, resume=True)
-    # the advice in the message works
-    shutil.rmtree(last)
-    train.run(chosen, resume=True)
-    assert last.exists()
-
-
-def test_a_foreign_checkpoint_is_refused(folder, tmp_path):
-    for rank in (2, 4):
-        train.run(settings(folder, tmp_path / str(rank), steps=2, lora_r=rank, eval_prompts=""))
-    theirs = tmp_path / "2" / "checkpoints" / "step-000002"
-    ours = tmp_path / "4" / "checkpoints" / "step-000002"
-    shutil.rmtree(ours)
-    shutil.copytree(theirs, ours)
-    with pytest.raises(ValueError, match="another model"):
-        train.run(settings(folder, tmp_path / "4", steps=2, eval_prompts=""), resume=True)
-
-
 def test_config_round_trip_and_help(tmp_path):
     chosen = config.load("quickstart", {"seed": 7})
     config.save(chosen, tmp_path / "c.yaml")

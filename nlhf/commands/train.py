@@ -47,7 +47,11 @@ def run(arguments: argparse.Namespace) -> None:
 
     try:
         result = train.run(settings, arguments.resume)
-    except model_card.PushError as error:
+    except train.Interrupted as stopped:
+        sys.stdout.write(f"\n{stopped}\n")
+        distributed.leave()
+        return
+    except (model_card.PushError, distributed.Lost) as error:
         sys.stderr.write(f"nlhf: {error}\n")
         sys.exit(1)
     if result:

@@ -14,7 +14,7 @@ from nlhf.preference.models import (
     load_preference,
     load_trunk,
 )
-from nlhf.preference.protocol import Checked, Preference
+from nlhf.preference.protocol import Checked, Preference, Unusable
 from nlhf.preference.source import as_preference
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Preference",
     "PreferenceModel",
     "RewardModel",
+    "Unusable",
     "as_preference",
     "load_preference",
     "load_trunk",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nlhf import config, http
-from nlhf.preference.protocol import check_texts
+from nlhf.preference.protocol import Unusable, check_texts
 
 LABELS = ("A", "B")
 # what stands around a letter in a token or a short answer, the marks of tokenizers included
@@ -188,7 +188,7 @@ class HTTPJudge:
             self._counts["unclear"] += len(unclear)
             open_ = unclear
         if open_ and s.on_unclear == "error":
-            raise ValueError(
+            raise Unusable(
                 f"{self._client.name}: an answer is neither A nor B, twice; "
                 "make the template clearer, or set on_unclear: half"
             )

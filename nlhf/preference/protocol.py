@@ -15,8 +15,15 @@ class Preference(Protocol):
         ...
 
 
+class Unusable(ValueError):
+    """An answer that is no probability: of this time, not of the settings."""
+
+
 class Checked:
-    """A preference whose every answer is looked at: B finite probabilities, else ValueError."""
+    """A preference whose every answer is looked at: B finite probabilities, else ValueError.
+
+    ``Unusable``, which is one, for numbers that are no probabilities.
+    """
 
     def __init__(self, preference: Callable) -> None:
         self.preference = preference
@@ -38,7 +45,7 @@ class Checked:
         wrong = (~((p >= 0) & (p <= 1))).nonzero()[:, 0]
         if len(wrong):
             i = int(wrong[0])
-            raise ValueError(
+            raise Unusable(
                 f"preference: must be a probability in [0, 1], got {p[i].item()} at index {i}"
             )
         return p

@@ -1,0 +1,107 @@
+"""Runs that are killed at random moments, in children of a process that has imported everything."""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+# before anything starts a thread, which a fork would lose
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+
+from nlhf import cli, snapshots
+
+
+def start(words: list[str], log: Path) -> int:
+    """``nlhf`` with these words in a child, which ends as the command does."""
+    if child := os.fork():
+        return child
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    status = 1
+    try:
+        torch.set_num_threads(1)
+        cli.main(words)
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def wait(child: int, seconds: float) -> int | None:
+    """The child's exit status; None if it is still running after so many seconds."""
+    until = time.monotonic() + seconds
+    while True:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= until:
+            return None
+        time.sleep(0.002)
+
+
+def killed(
+    make: Callable[[Path], list[str]],
+    folder: Path,
+    kills: int,
+    seed: int,
+    look: Callable[[Path], None],
+) -> dict:
+    """Runs of ``make(output)`` until so many kills have hit one; ``look`` after each of them.
+
+    A run that came to its end is followed by a new one. The moments are spread over the time that
+    a run takes which nobody kills, the first output.
+    """
+    whole = folder / "whole"
+    begin = time.monotonic()
+    log = folder / "log.txt"
+    if wait(start(make(whole), log), 600) != 0:
+        raise SystemExit(log.read_text())
+    length = time.monotonic() - begin
+    moments, ended, hits = random.Random(seed), [], 0
+    while hits < kills:
+        output = folder / f"run-{len(ended)}"
+        while True:
+            # a run that is killed often would never end if each could die in its beginning
+            child = start(make(output), log)
+            status = wait(child, moments.uniform(0, 1.3 * length) if hits < kills else 600)
+            if status is not None:
+                break
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            hits += 1
+            look(output)
+        if status != 0:
+            raise SystemExit(f"status {status}: {log.read_text()[-3000:]}")
+        ended.append(str(output))
+    return {"whole": str(whole), "runs": ended, "kills": hits, "seconds": length}
+
+
+def main() -> None:
+    """``kill_runs.py CONFIG FOLDER KILLS SEED``: what ``killed`` returns, as JSON."""
+    config, folder, kills, seed = sys.argv[1:]
+    # all but a backward pass, after which nobody may fork, so that children find it imported
+    cli.main(["train", "--config", config, "--output", f"{folder}/none", "--steps", "0"])
+
+    def make(output: Path) -> list[str]:
+        return ["train", "--config", config, "--output", str(output), "--resume"]
+
+    def look(output: Path) -> None:
+        for snapshot in snapshots.complete(output / "checkpoints"):
+            snapshots.checked(snapshot)
+
+    found = killed(make, Path(folder), int(kills), int(seed), look)
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()
