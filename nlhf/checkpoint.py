@@ -121,11 +121,7 @@ def load(checkpoint: Path, learner: Learner) -> int:
 def _checked(checkpoint: Path, learner: Learner) -> dict:
     """Its state, if it is whole and of this run."""
     state = snapshots.checked(checkpoint)
-    try:
-        theirs = dict(state["settings"])
-        state["counts"] = {name: int(count) for name, count in state["counts"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{snapshots.STATE} lacks or misstates {error}") from None
+    theirs = state["settings"]
     for name, value in config.identity(learner.parts.config).items():
         # one that is missing was none when it was written
         if theirs.get(name, value) != value:

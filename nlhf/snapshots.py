@@ -51,7 +51,8 @@ def seal(place: Path, step: int, **state: Any) -> None:
     for path in sorted(place.iterdir()):
         hashes[path.name] = _sha256(path)
         _flush(path)
-    write(place / STATE, json.dumps({"step": step, "sha256": hashes, **state}, indent=1))
+    whole = {"step": step, "files": hashes, **state}
+    write(place / STATE, json.dumps({"state": whole, "sha256": _digest(whole)}, indent=1))
 
 
 def checked(snapshot: Path) -> dict[str, Any]:
@@ -60,12 +61,13 @@ def checked(snapshot: Path) -> dict[str, Any]:
     Raises:
         ValueError, OSError: a file is missing, or not what it was, or there is one too many.
     """
-    state = json.loads((snapshot / STATE).read_text(encoding="utf-8"))
-    try:
-        step, hashes = int(state["step"]), dict(state["sha256"])
-    except (KeyError, TypeError) as error:
-        # what the other processes are told of too
-        raise ValueError(f"{STATE} lacks or misstates {error}") from None
+    whole = json.loads((snapshot / STATE).read_text(encoding="utf-8"))
+    if not isinstance(whole, dict) or "state" not in whole or "sha256" not in whole:
+        raise ValueError(f"{STATE} is none of ours")
+    state = whole["state"]
+    if _digest(state) != whole["sha256"]:
+        raise ValueError(f"{STATE} does not match its hash")
+    step, hashes = state["step"], state["files"]
     if path_of(snapshot.parent, step) != snapshot:
         raise ValueError(f"{STATE} is that of step {step}")
     for path in snapshot.iterdir():
@@ -182,6 +184,10 @@ def _flush(path: Path) -> None:
         os.fsync(file)
     finally:
         os.close(file)
+
+
+def _digest(state: Any) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
