@@ -110,6 +110,10 @@ bench: peers  ## the standing run: ops, whole steps, scaling; written to docs/be
 bench-quick: build  ## the bench at a few small shapes, nothing written
 	for part in "" losses step scaling; do $(BIN)/python -m bench $$part --quick || exit 1; done
 
+.PHONY: soak
+soak: build  ## 2,000 steps of a tiny model: does memory, files, threads or a step grow?
+	$(BIN)/python -m bench soak --save $(ARGS)
+
 .PHONY: gpu
 gpu:  ## build, check and measure on a CUDA machine with what is installed there
 	$(PYTHON) -m bench gpu --out $(OUT) $(ARGS)

@@ -10,7 +10,7 @@ machine (read, copy, matrix products) are measured in the same run. A contender 
 gets no number. Exit status: 0; 1 if one of our backends is wrong; 2 for bad input.
 
 Other parts have a --help of their own: python -m bench sampling | losses | step | scaling |
-forecast | aot | gpu | report
+forecast | soak | aot | gpu | report
 """
 
 import argparse
@@ -37,6 +37,7 @@ PARTS = {
     "step": "bench.train_step",
     "scaling": "bench.scaling",
     "forecast": "bench.forecast",
+    "soak": "bench.soak",
     "aot": "bench.aot",
     "gpu": "bench.gpu",
     "report": "bench.report",
