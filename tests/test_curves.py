@@ -66,10 +66,10 @@ def test_fused_and_eager_training_give_the_same_curve_in_bfloat16(folder, tmp_pa
 
     All weights are bfloat16, so that every pass and every sum of the step is.
     """
-    fused, eager = both(folder, tmp_path, dtype="bfloat16", lora_r=0, learning_rate=0.002)
+    fused, eager = both(folder, tmp_path, dtype="bfloat16", lora_r=0)
     for number in range(STEPS):
         take_over(eager, fused)
         ours, theirs = step(fused, number, ""), step(eager, number, "eager")
         assert_close(ours, theirs, torch.bfloat16)
-    assert ours["kl"] > 0.1
+    assert ours["kl"] > 0.05
     assert ours["skipped"] == 0
