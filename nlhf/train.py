@@ -5,9 +5,11 @@ import dataclasses
 import errno
 import json
 import logging
+import os
 import shlex
 from pathlib import Path
 
+import safetensors
 import torch
 
 from nlhf import (
@@ -62,8 +64,8 @@ def run(settings: Config, resume: bool = False) -> dict:
             return _run(settings, resume, stop)
         except Stopped:
             raise Interrupted(_how_to_go_on(settings, stop, "nothing is lost")) from None
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
+        except (OSError, safetensors.SafetensorError) as error:
+            if os.strerror(errno.ENOSPC) not in str(error):
                 raise
             raise ValueError(
                 f"train: no room left on the disk of {settings.output}: make some, then go on with "
