@@ -23,11 +23,12 @@ std::string level;
 
 template <class Call>
 void count(const std::string& name, const Call& call) {
+  const std::string what = name + ", " + level;
   // the first call allocates what the thread keeps
   call();
   CALLGRIND_ZERO_STATS;
   call();
-  CALLGRIND_DUMP_STATS_AT((name + ", " + level).c_str());
+  CALLGRIND_DUMP_STATS_AT(what.c_str());
 }
 
 template <class T>
@@ -77,8 +78,12 @@ Logits view(std::vector<T>& x, DType dtype) {
 
 template <class S>
 MixtureSampleIn<S> settings(Filters<S> filters) {
-  return {{S(0.3), nullptr},       {S(0.9), nullptr},        {filters.top_k, nullptr},
-          {filters.top_p, nullptr}, {filters.min_p, nullptr}, {7, nullptr},
+  return {{S(0.3), nullptr},
+          {S(0.9), nullptr},
+          {filters.top_k, nullptr},
+          {filters.top_p, nullptr},
+          {filters.min_p, nullptr},
+          {7, nullptr},
           {3, nullptr}};
 }
 
@@ -118,12 +123,7 @@ void count_logits(const std::string& type, DType dtype) {
   sample(" all filters", y, all);
 
   const TokenLogprobsOut<S> logprobs{o, o + kRows, o + 2 * kRows};
-  const TokenKlOut<S> kl{o,
-                         o + kRows,
-                         o + 2 * kRows,
-                         o + 3 * kRows,
-                         o + 4 * kRows,
-                         o + 5 * kRows};
+  const TokenKlOut<S> kl{o, o + kRows, o + 2 * kRows, o + 3 * kRows, o + 4 * kRows, o + 5 * kRows};
   for (const auto& how : {plain, capped}) {
     const std::string name = type + (how.softcap != 0 ? " softcap" : "");
     count("token_logprobs " + name,
