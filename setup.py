@@ -76,7 +76,7 @@ setup(
             "nlhf_kernels._native",
             sorted(glob("csrc/**/*.cpp", recursive=True)),
             depends=[
-                __file__,
+                "setup.py",
                 *glob("csrc/**/*.h", recursive=True),
                 *glob("csrc/**/*.inl", recursive=True),
             ],

@@ -144,9 +144,8 @@ def _run(arguments: argparse.Namespace) -> int:
         lines.append(line)
         wrong += more
     print(cli.table(["part", "figures", "wrong", "nearest"], lines))
-    print(
-        "\n".join([f"FAILED: {len(wrong)}", *wrong] if wrong else ["every figure is in its bound"])
-    )
+    said = [f"FAILED: {len(wrong)}", *wrong] if wrong else ["every figure is in its bound"]
+    print("\n".join(said))
     return 1 if wrong else 0
 
 

@@ -1,4 +1,4 @@
-"""How many instructions the C++ ops take: ``bench/counts.cpp`` under callgrind, which knows no noise.
+"""How many instructions the C++ ops take: ``bench/counts.cpp`` under callgrind.
 
 valgrind has no AVX-512: the levels "avx2" and "plain" are counted, on one thread.
 """

@@ -28,7 +28,7 @@ Call = tuple[str, str, str]
 
 
 class Watched:
-    """The compiled module, or a submodule, that notes (function, tile level, dtype) of each call."""
+    """The compiled module, or a submodule; notes (function, tile level, dtype) of each call."""
 
     def __init__(self, module, state: "State", prefix: str = ""):
         self._module, self._state, self._prefix = module, state, prefix
