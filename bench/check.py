@@ -2,7 +2,7 @@
 
   counts  instructions of every C++ op at the levels "avx2" and "plain", by callgrind
   aot     registers and shared memory of every Triton kernel, and its faults as `bench aot` names
-          them (spills, narrow loads); what has been compiled before comes from Triton's cache
+          them (spills, narrow loads); of its last run, if no source has changed since
   ratios  CPU time of the C++ ops at small shapes over that of eager, on one thread
 
 The bounds are in bench/bounds.json, with the toolchain that they were made with. A figure above its
@@ -49,11 +49,15 @@ def _aot() -> tuple[str, dict[str, float]]:
 
     from bench import aot
 
-    if triton.knobs.runtime.interpret:
-        why = "unset TRITON_INTERPRET: it and the compiler cannot share a process"
-        raise cli.BadInput(f"python -m bench check: {why}")
+    rows = aot.kept()
+    if not rows:
+        if triton.knobs.runtime.interpret:
+            why = "unset TRITON_INTERPRET: it and the compiler cannot share a process"
+            raise cli.BadInput(f"python -m bench check: {why}")
+        rows = list(aot.compile_all(aot.jobs()))
+        aot.keep(rows)
     found = {}
-    for row in aot.compile_all(aot.jobs()):
+    for row in rows:
         found |= {f"{aot.name(row)}, {figure}": row[figure] for figure in FIGURES}
         found[f"{aot.name(row)}, faults"] = len(row["faults"])
     return f"triton {triton.__version__}", found

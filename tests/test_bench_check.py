@@ -6,7 +6,7 @@ import math
 import pytest
 
 import nlhf_kernels as nk
-from bench import check, cli, counts, ratios
+from bench import aot, check, cli, counts, ratios
 from bench.__main__ import main
 
 BOUNDS = {"one": 100, "two": 0.5}
@@ -97,6 +97,21 @@ def test_dumps_are_read_by_their_names():
     assert counts.read([dump, end]) == {"token_kl float32, avx2": 91}
     with pytest.raises(AssertionError, match="two dumps are called token_kl"):
         counts.read([dump, dump])
+
+
+def test_kernels_are_not_compiled_again_unless_something_changed(monkeypatch, tmp_path):
+    row = {"kernel": "tile", "variant": "plain", "dtype": "float32", "arch": "sm_90"}
+    row |= {"registers": 40, "shared_bytes": 16, "faults": ["spills"]}
+    monkeypatch.setattr(aot, "KEPT", tmp_path / "build" / "aot.json")
+    assert aot.kept() == []
+    aot.keep([row])
+    name = "tile plain float32 sm_90"
+    want = {f"{name}, registers": 40, f"{name}, shared_bytes": 16, f"{name}, faults": 1}
+    assert check.PARTS["aot"].measure()[1] == want
+    before = aot.fingerprint()
+    monkeypatch.setattr(aot, "MAKERS", ("aot",))
+    assert aot.fingerprint() != before
+    assert aot.kept() == []
 
 
 def test_every_op_has_a_count_and_a_ratio():
