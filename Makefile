@@ -46,6 +46,14 @@ run: build  ## fine-tune SmolLM2-135M-Instruct with Nash-MD-PG and show what cha
 test: build  ## the whole test suite, in as many processes as there are cores
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto $(ARGS)
 
+.PHONY: sanitize
+sanitize: build  ## the op tests on a build that AddressSanitizer and UBSan watch
+	PYTHON=$(BIN)/python .ci/sanitize address $(ARGS)
+
+.PHONY: tsan
+tsan: build  ## the op tests on a build that ThreadSanitizer watches
+	PYTHON=$(BIN)/python .ci/sanitize thread $(ARGS)
+
 .PHONY: lint
 lint: env  ## ruff and clang-format, checking only
 	$(BIN)/ruff check .
@@ -114,6 +122,10 @@ bench-quick: build  ## the bench at a few small shapes, nothing written
 soak: build  ## 2,000 steps of a tiny model: does memory, files, threads or a step grow?
 	$(BIN)/python -m bench soak --save $(ARGS)
 
+.PHONY: bench-check
+bench-check: build  ## instruction counts, what the compilers make and ratios to eager, against bench/bounds.json
+	env -u TRITON_INTERPRET $(BIN)/python -m bench check $(ARGS)
+
 .PHONY: gpu
 gpu:  ## build, check and measure on a CUDA machine with what is installed there
 	$(PYTHON) -m bench gpu --out $(OUT) $(ARGS)
@@ -155,10 +167,10 @@ docs: .venv-docs/.ready  ## the pages with the API from the docstrings, in build
 
 .PHONY: ci
 # what aot does is among the tests
-ci: lint test check-wheel  ## what must be green
+ci: lint test sanitize bench-check check-wheel  ## what must be green
 
 .PHONY: ci-full
-ci-full: ci docs hosts run  ## ci, the pages, the drop-ins in their hosts and the main job
+ci-full: ci tsan docs hosts run  ## ci, ThreadSanitizer, the pages, the drop-ins in their hosts, the main job
 
 .PHONY: clean
 clean:  ## everything that is built, and the environment

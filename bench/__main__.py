@@ -10,7 +10,7 @@ machine (read, copy, matrix products) are measured in the same run. A contender 
 gets no number. Exit status: 0; 1 if one of our backends is wrong; 2 for bad input.
 
 Other parts have a --help of their own: python -m bench sampling | losses | step | scaling |
-forecast | soak | aot | gpu | report
+forecast | soak | aot | check | gpu | report
 """
 
 import argparse
@@ -39,6 +39,7 @@ PARTS = {
     "forecast": "bench.forecast",
     "soak": "bench.soak",
     "aot": "bench.aot",
+    "check": "bench.check",
     "gpu": "bench.gpu",
     "report": "bench.report",
 }

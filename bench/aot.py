@@ -10,6 +10,7 @@ cannot share a process.
 import argparse
 import concurrent.futures
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
@@ -37,6 +38,9 @@ USUAL = ("float32", "bfloat16")
 REGISTERS_FLOAT64 = 224
 UNITS = ("mufu", "fma", "other", "alu", "load", "store")
 SAVED = rows.RESULTS / "aot.jsonl"
+# what the last run over all kernels found, and what it found it of
+KEPT = rows.ROOT / "build" / "aot.json"
+MAKERS = ("aot", "h200", "kernels", "sass", "yardsticks")
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,29 @@ def compile_all(work: list[Job]) -> Iterator[dict]:
         yield from pool.map(examine, work, chunksize=4)
 
 
+def fingerprint() -> str:
+    """Of the kernels, of what reads their code, and of the compiler."""
+    sources = [*(rows.ROOT / "nlhf_kernels" / "backends" / "triton").rglob("*.py")]
+    sources += [rows.ROOT / "bench" / f"{name}.py" for name in MAKERS]
+    digest = hashlib.sha256(triton.__version__.encode())
+    for path in sorted(sources):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def keep(found: list[dict]) -> None:
+    KEPT.parent.mkdir(exist_ok=True)
+    KEPT.write_text(json.dumps({"of": fingerprint(), "rows": found}), encoding="utf-8")
+
+
+def kept() -> list[dict]:
+    """The rows of the last run over all kernels; none if anything has changed since."""
+    if not KEPT.exists():
+        return []
+    last = json.loads(KEPT.read_text(encoding="utf-8"))
+    return last["rows"] if last["of"] == fingerprint() else []
+
+
 RESOURCES = (
     f"{'kernel':27} {'variant':12} {'dtype':8} {'arch':7} regs stack spills shared load bits"
 )
@@ -254,6 +281,7 @@ def main(argv: list[str]) -> int:
         print(PREDICTIONS + "\n".join(map(prediction_line, predictions)) + "\n")
     log = sys.stderr if args.json else sys.stdout
     if work == jobs():
+        keep(found)
         done, more = compile_cuda()
         print(done, file=log)
         wrong += more

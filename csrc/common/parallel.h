@@ -4,11 +4,44 @@
 
 #include <cstdint>
 
-#if defined(_OPENMP)
+#if defined(__SANITIZE_THREAD__)
+#include <algorithm>
+#include <thread>
+#include <vector>
+#elif defined(_OPENMP)
 #include <omp.h>
 #endif
 
 namespace nlhf {
+
+#if defined(__SANITIZE_THREAD__)
+
+// ThreadSanitizer knows what threads of the standard library wait for, and nothing of OpenMP's.
+// Neighbouring rows always run in different threads, however little work they are.
+constexpr int kSanitizedThreads = 16;
+inline thread_local bool in_sanitized_rows = false;
+
+inline int most_threads() { return kSanitizedThreads; }
+inline int free_threads() { return in_sanitized_rows ? 1 : kSanitizedThreads; }
+
+template <class Row>
+void parallel_rows(int64_t rows, int64_t, const Row& row) {
+  const int64_t count = std::min<int64_t>(rows, free_threads());
+  if (count <= 1) {
+    for (int64_t i = 0; i < rows; ++i) row(i);
+    return;
+  }
+  std::vector<std::thread> threads;
+  for (int64_t first = 0; first < count; ++first) {
+    threads.emplace_back([&row, first, count, rows] {
+      in_sanitized_rows = true;
+      for (int64_t i = first; i < rows; i += count) row(i);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+#else
 
 inline int most_threads() {
 #if defined(_OPENMP)
@@ -42,5 +75,7 @@ void parallel_rows(int64_t rows, int64_t work, const Row& row) {
 #pragma omp parallel for schedule(dynamic)
   for (int64_t i = 0; i < rows; ++i) row(i);
 }
+
+#endif
 
 }  // namespace nlhf

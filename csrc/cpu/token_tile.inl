@@ -80,6 +80,6 @@ struct TokenTile {
                              : gradient<false, false>(x, y, n, how, out);
   }
 
-  static constexpr TokenKernels<S> kernels{Lanes::kFused || sizeof(S) == 8 ? 1 << 20 : 1 << 6, sums,
+  static constexpr TokenKernels<S> kernels{Lanes::kFused || sizeof(S) == 8 ? 1 << 20 : 0, sums,
                                            kl_sums, gradient};
 };
