@@ -206,6 +206,20 @@ def test_resources_are_read():
     assert sass.resources(narrow)["load_bits"] == 32
 
 
+def test_codes_that_lie_one_behind_the_other_are_told_apart():
+    lines = [line for line in SASS.splitlines() if sass.LINE.search(line)]
+    text = "\n".join([".headerflags", *lines])
+    first, none, rest = sass.parts(text, [0x120, 0, 0xE0])
+    assert [first.splitlines(), none, rest.splitlines()] == [lines[:18], "", lines[18:]]
+
+
+def test_a_section_of_a_file_is_found_by_its_name():
+    elf = pathlib.Path(sys.executable).resolve().read_bytes()
+    assert sass.section(elf, ".interp").startswith(b"/lib")
+    with pytest.raises(ValueError, match=r"no section '\.text\.f'"):
+        sass.section(elf, ".text.f")
+
+
 def test_the_innermost_loop_is_found_and_counted():
     (loop,) = sass.innermost_loops(sass.instructions(SASS))
     # the rare path goes on inside the loop, so it is of the loop
