@@ -44,7 +44,7 @@ run: build  ## fine-tune SmolLM2-135M-Instruct with Nash-MD-PG and show what cha
 # passive: threads that spin while they wait would each do so on the core of another
 .PHONY: test
 test: build  ## the whole test suite, in as many processes as there are cores
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 .PHONY: sanitize
 sanitize: build  ## the op tests on a build that AddressSanitizer and UBSan watch

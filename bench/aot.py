@@ -11,6 +11,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -36,6 +37,8 @@ DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 USUAL = ("float32", "bfloat16")
 REGISTERS_FLOAT64 = 224
+# how many kernels a process compiles before it disassembles them
+TOGETHER = 16
 UNITS = ("mufu", "fma", "other", "alu", "load", "store")
 SAVED = rows.RESULTS / "aot.jsonl"
 # what the last run over all kernels found, and what it found it of
@@ -73,27 +76,56 @@ def quick(job: Job) -> bool:
     return job.arch == PREDICTED and job.dtype == dtype
 
 
-def machine_code(job: Job) -> tuple[str, int]:
-    """(what cuobjdump says of the kernel, bytes of shared memory of a block)."""
+def compiled(job: Job) -> tuple[str, bytes, int]:
+    """(what cuobjdump says of the kernel, its machine code, bytes of shared memory of a block)."""
     kernel = KERNELS[job.kernel].of(job.variant)
     variant = kernel.variants[job.variant]
     source = ASTSource(kernel.function, *signature(kernel, variant, DTYPES[job.dtype]))
     target = GPUTarget("cuda", job.arch, WARP)
-    compiled = triton.compile(source, target=target, options=kernel.options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+    found = triton.compile(source, target=target, options=kernel.options)
+    cubin = found.asm["cubin"]
+    usage = run_tool(triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin)
+    return usage, sass.section(cubin, f".text.{job.kernel}"), found.metadata.shared
+
+
+def run_tool(path: str, *arguments: str | bytes) -> str:
+    """What a tool prints of a file with these bytes, its last argument."""
+    *flags, content = arguments
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
         file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        command = [tool, "-res-usage", "-sass", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return text, compiled.metadata.shared
+        command = [path, *flags, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def disassembled(arch: int, codes: list[bytes]) -> list[str]:
+    """The text of each. One call for all, since nvdisasm takes long to start."""
+    # as Triton names the targets
+    name = f"SM{arch}a" if arch >= 90 else f"SM{arch}"
+    text = run_tool(triton.knobs.nvidia.nvdisasm.path, "--binary", name, b"".join(codes))
+    return sass.parts(text, [len(code) for code in codes])
 
 
 def examine(job: Job) -> dict:
     """The row of one kernel, with what is wrong with it."""
+    return examine_all([job])[0]
+
+
+def examine_all(work: list[Job]) -> list[dict]:
+    found = [compiled(job) for job in work]
+    texts = {}
+    for arch in {job.arch for job in work}:
+        at = [i for i, job in enumerate(work) if job.arch == arch]
+        texts |= zip(at, disassembled(arch, [found[i][1] for i in at]), strict=True)
+    return [
+        judge(job, usage + texts[i], shared)
+        for i, (job, (usage, _, shared)) in enumerate(zip(work, found, strict=True))
+    ]
+
+
+def judge(job: Job, text: str, shared: int) -> dict:
     kernel = KERNELS[job.kernel].of(job.variant)
     variant = kernel.variants[job.variant]
-    text, shared = machine_code(job)
     code = sass.instructions(text)
     loops = sass.innermost_loops(code) if variant.loops else [sass.live_code(code)]
     hot = loops[: len(loops) - variant.rare]
@@ -170,10 +202,11 @@ def compile_cuda() -> tuple[str, list[str]]:
 
 def compile_all(work: list[Job]) -> Iterator[dict]:
     """The row of each job, in their order, as soon as it is there."""
+    parts = [work[i : i + TOGETHER] for i in range(0, len(work), TOGETHER)]
     context = multiprocessing.get_context("spawn")
-    workers = min(os.cpu_count() or 1, 8, len(work))
+    workers = min(os.cpu_count() or 1, 8, len(parts))
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield from pool.map(examine, work, chunksize=4)
+        yield from itertools.chain.from_iterable(pool.map(examine_all, parts))
 
 
 def fingerprint() -> str:

@@ -1,10 +1,13 @@
-"""Reads what ``cuobjdump -res-usage -sass`` prints: resources, loops, instructions by unit.
+"""Reads what cuobjdump and nvdisasm print of a kernel: resources, loops, instructions by unit.
 
 A loop is the natural loop of a branch back: the target dominates the branch, so that code that the
 assembler moved behind the end of a kernel, and that jumps back into it, is none.
 """
 
+import bisect
+import itertools
 import re
+import struct
 from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -44,6 +47,33 @@ class Instruction(NamedTuple):
         if self.name != "BRA":
             return None
         return int(re.search(r"0x([0-9a-f]+)$", self.operands).group(1), 16)
+
+
+def section(elf: bytes, name: str) -> bytes:
+    """The content of a section of a 64-bit ELF file."""
+    (table,) = struct.unpack_from("<Q", elf, 40)
+    size, count, names = struct.unpack_from("<3H", elf, 58)
+    # name, type, flags, address, offset, size
+    headers = [struct.unpack_from("<2I4Q", elf, table + i * size) for i in range(count)]
+    strings = headers[names][4]
+    for header in headers:
+        start = strings + header[0]
+        if elf[start : elf.index(b"\0", start)] == name.encode():
+            return elf[header[4] : header[4] + header[5]]
+    raise ValueError(f"section: no section {name!r}")
+
+
+def parts(text: str, sizes: list[int]) -> list[str]:
+    """The lines of each of several codes of so many bytes, disassembled one behind the other.
+
+    Addresses and the targets of branches stay those of the whole.
+    """
+    ends = list(itertools.accumulate(sizes))
+    lines = [[] for _ in sizes]
+    for line in text.splitlines():
+        if found := LINE.search(line):
+            lines[bisect.bisect(ends, int(found[1], 16))].append(line)
+    return ["\n".join(part) for part in lines]
 
 
 def instructions(text: str) -> list[Instruction]:

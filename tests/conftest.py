@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import types
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,8 +73,25 @@ def targets(compiled_only: bool = False) -> list:
     return found
 
 
+def interpret_sooner() -> None:
+    """Triton's interpreter replaces the functions of its language once, not at every call.
+
+    It does so at every launch and at every call of one jit function by another, which is half of
+    the time that it takes; what is there at the second call is what was there at the first.
+    """
+    from triton import language
+    from triton.runtime import interpreter
+
+    everything = types.SimpleNamespace(__globals__={"tl": language, "core": language.core})
+    interpreter._patch_lang(everything)
+    kept = types.SimpleNamespace(restore=lambda: None)
+    interpreter._patch_lang = lambda function: kept
+
+
 def pytest_configure() -> None:
     torch.set_num_threads(2)
+    if os.environ.get("TRITON_INTERPRET") == "1" and not why_not("triton"):
+        interpret_sooner()
     for backend in filter(None, os.environ.get("NLHF_EXPECT_BACKENDS", "").split(",")):
         if why := why_not(backend):
             raise pytest.UsageError(f"NLHF_EXPECT_BACKENDS names {backend}, but {why}")

@@ -28,18 +28,18 @@ GAME = tabular.MatrixGame(
 
 # settings of each, steps and rate of plain gradient descent with exact gradients
 EXACT = {
-    "nash_md_pg": ({"mixture_coef": BETA}, 400, 2.0),
-    "self_play": ({}, 400, 2.0),
-    "best_response": ({}, 400, 2.0),
-    "nash_ema_pg": ({"ema_decay": 0.5}, 400, 2.0),
-    "rlhf": ({}, 1200, 3.0),
-    "nash_mp": ({"ema_decay": 0.5, "eta": 1.0}, 400, 2.0),
-    "nash_prox": ({"inner_steps": 10, "eta": 1.0}, 400, 2.0),
-    "online_ipo": ({}, 400, 0.4),
-    "ipo_md": ({"mixture_coef": BETA}, 400, 0.4),
-    "egpo": ({}, 800, 0.4),
-    "inpo": ({"inner_steps": 20, "eta": 1.0}, 600, 0.4),
-    "mnpo": ({"inner_steps": 20, "eta": 1.0}, 800, 0.4),
+    "nash_md_pg": ({"mixture_coef": BETA}, 100, 2.0),
+    "self_play": ({}, 100, 2.0),
+    "best_response": ({}, 100, 2.0),
+    "nash_ema_pg": ({"ema_decay": 0.5}, 100, 2.0),
+    "rlhf": ({}, 250, 10.0),
+    "nash_mp": ({"ema_decay": 0.5, "eta": 1.0}, 120, 2.0),
+    "nash_prox": ({"inner_steps": 10, "eta": 1.0}, 250, 2.0),
+    "online_ipo": ({}, 50, 0.4),
+    "ipo_md": ({"mixture_coef": BETA}, 50, 0.4),
+    "egpo": ({}, 80, 0.4),
+    "inpo": ({"inner_steps": 5, "eta": 1.0}, 200, 0.4),
+    "mnpo": ({"inner_steps": 5, "eta": 1.0}, 250, 0.4),
 }
 
 
@@ -112,8 +112,8 @@ def test_each_outer_iterate_is_the_tabular_update(name, eta, tolerance):
         "onpo": lambda: tabular.solvers.onpo(GAME, step=1 / eta),
         "sppo": lambda: tabular.solvers.sppo(GAME, eta=eta),
     }[name]()
-    phases, inner, outer = len(ALGORITHMS[name].phases), 100, 3
-    rate = 3.0 if name == "dno" else 0.4
+    phases, inner, outer = len(ALGORITHMS[name].phases), 40, 3
+    rate = 8.0 if name == "dno" else 1.2
     changes = {"inner_steps": inner, "eta": eta, "batch_size": 2}
     found = descend(name, softmax.Exact, outer * phases * inner, rate, **changes)
     ends = itertools.islice(found, phases * inner - 1, None, phases * inner)
@@ -129,8 +129,8 @@ def test_each_outer_iterate_is_the_tabular_update(name, eta, tolerance):
 @pytest.mark.parametrize(
     ("name", "changes", "steps", "rate"),
     [
-        ("mpo", {"inner_steps": 30}, 1600, 3.0),
-        ("onpo", {"inner_steps": 10, "eta": 0.5}, 1600, 0.6),
+        ("mpo", {"inner_steps": 10}, 600, 10.0),
+        ("onpo", {"inner_steps": 5, "eta": 0.3}, 600, 1.0),
     ],
 )
 def test_the_unregularised_equilibrium_is_approached(name, changes, steps, rate):
@@ -168,7 +168,7 @@ def test_sampled_gradients_approach_the_unregularised_equilibrium():
 
 
 def test_the_mixture_of_where_nash_md_pg_settles_is_the_equilibrium_at_another_temperature():
-    *_, found = descend("nash_md_pg", softmax.Exact, 400, 2.0, batch_size=2, mixture_coef=BETA)
+    *_, found = descend("nash_md_pg", softmax.Exact, 100, 2.0, batch_size=2, mixture_coef=BETA)
     mixture = ((1 - BETA) * found + BETA * GAME.log_ref).log_softmax(-1)
     hotter = tabular.solve(GAME.replace(tau=GAME.tau / (1 - BETA))).policy
     assert distance(mixture, hotter) < 1e-5

@@ -20,18 +20,26 @@ FIELDS = {
 }  # fmt: skip
 
 
-def run_python(*arguments: str) -> subprocess.CompletedProcess:
+def run_python(*arguments: str) -> str:
     # the interpreter's mode is fixed at import: the compiler needs a process of its own
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, *arguments]
-    return subprocess.run(
+    done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
-def run_aot(*arguments: str) -> subprocess.CompletedProcess:
-    return run_python("-m", "bench.aot", *arguments)
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> dict:
+    """What the command printed for several flags, what it saved, and the faults of each plant."""
+    folder = tmp_path_factory.mktemp("aot")
+    plants = {name: plant[:2] for name, plant in PLANTS.items()}
+    plan = {"saved": str(folder / "aot.jsonl"), "plants": plants}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    return json.loads(run_python("-m", "tests.aot_runs", str(folder / "plan.json")))
 
 
 def entry_kernels() -> set[str]:
@@ -54,23 +62,20 @@ def entry_kernels() -> set[str]:
 
 
 def test_every_kernel_is_listed():
-    listed = run_aot("--list")
-    assert listed.returncode == 0, listed.stderr
-    assert set(listed.stdout.split()) == entry_kernels()
+    assert set(run_python("-m", "bench.aot", "--list").split()) == entry_kernels()
 
 
-def test_kernels_compile_within_their_bounds():
-    result = run_aot()
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_kernels_compile_within_their_bounds(done):
+    said = done["all"]["out"]
+    assert done["all"]["status"] == 0, said
     for architecture in ("sm_80", "sm_90", "sm_100"):
-        assert re.search(rf"^mixture_tile_kernel .*\b{architecture}\b", result.stdout, re.M)
-    assert "predicted, not measured" in result.stdout
+        assert re.search(rf"^mixture_tile_kernel .*\b{architecture}\b", said, re.M)
+    assert "predicted, not measured" in said
 
 
-def test_rows_have_every_field():
-    result = run_aot("--quick", "--json")
-    assert result.returncode == 0, result.stdout + result.stderr
-    rows = [json.loads(line) for line in result.stdout.splitlines()]
+def test_rows_have_every_field(done):
+    assert done["quick"]["status"] == 0, done["quick"]["out"]
+    rows = [json.loads(line) for line in done["quick"]["out"].splitlines()]
     assert {row["kernel"] for row in rows} == entry_kernels()
     for row in rows:
         assert set(row) == FIELDS
@@ -94,18 +99,10 @@ def test_rows_have_every_field():
         assert row["bound"] == "memory"
 
 
-def test_what_is_saved_has_a_prediction(tmp_path):
-    saved = tmp_path / "aot.jsonl"
-    code = f"""
-import pathlib
-from bench import aot
-aot.SAVED = pathlib.Path({str(saved)!r})
-raise SystemExit(aot.main(["--kernel", "mixture_filter_kernel", "--save"]))
-"""
-    for _ in range(2):
-        result = run_python("-c", code)
-        assert result.returncode == 0, result.stdout + result.stderr
-    rows = [json.loads(line) for line in saved.read_text().splitlines()]
+def test_what_is_saved_has_a_prediction(done):
+    for run in done["save"]:
+        assert run["status"] == 0, run["out"]
+    rows = [json.loads(line) for line in done["saved"].splitlines()]
     assert {(row["arch"], row["dtype"]) for row in rows} == {
         ("sm_90", "float32"), ("sm_90", "bfloat16"), ("sm_90", "float16")
     }  # fmt: skip
@@ -156,23 +153,8 @@ PLANTS = {
 
 
 @pytest.mark.parametrize("plant", PLANTS)
-def test_planted_faults_are_reported(plant):
-    change, job, fault = PLANTS[plant]
-    result = run_python("-c", f"""
-import dataclasses
-from bench import aot, kernels
-from bench.kernels import KERNELS, Variant
-
-SINGLE = {{"SUMS": 3, "STEP": 1024}}
-
-def change(name, **fields):
-    KERNELS[name] = dataclasses.replace(KERNELS[name], **fields)
-
-{change}
-print("\\n".join(aot.examine(aot.Job(*{job}))["faults"]))
-""")  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert fault in result.stdout.splitlines()
+def test_planted_faults_are_reported(plant, done):
+    assert PLANTS[plant][2] in done["faults"][plant]
 
 
 # a loop inside a loop, a rare path behind the end that comes back into the inner one, a subroutine
@@ -222,6 +204,20 @@ def test_resources_are_read():
     assert sass.resources(SASS) == want
     narrow = SASS.replace("LDG.E.128", "LDG.E").replace("LDG.E.64", "LDG.E.U16")
     assert sass.resources(narrow)["load_bits"] == 32
+
+
+def test_codes_that_lie_one_behind_the_other_are_told_apart():
+    lines = [line for line in SASS.splitlines() if sass.LINE.search(line)]
+    text = "\n".join([".headerflags", *lines])
+    first, none, rest = sass.parts(text, [0x120, 0, 0xE0])
+    assert [first.splitlines(), none, rest.splitlines()] == [lines[:18], "", lines[18:]]
+
+
+def test_a_section_of_a_file_is_found_by_its_name():
+    elf = pathlib.Path(sys.executable).resolve().read_bytes()
+    assert sass.section(elf, ".interp").startswith(b"/lib")
+    with pytest.raises(ValueError, match=r"no section '\.text\.f'"):
+        sass.section(elf, ".text.f")
 
 
 def test_the_innermost_loop_is_found_and_counted():

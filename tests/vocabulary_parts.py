@@ -16,6 +16,7 @@ import nlhf_kernels as nk
 from nlhf_kernels.ops import heads
 from nlhf_kernels.testing.compare import compare
 from nlhf_kernels.testing.gradients import leaves, named, oracle, statistics_of
+from tests.conftest import interpret_sooner
 
 B, T, D = 2, 3, 5
 # by rank
@@ -206,4 +207,7 @@ def main(rank: int, file: str, backend: str, few: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4] == "few")
+    few = sys.argv[4] == "few"
+    if few:
+        interpret_sooner()
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3], few)
