@@ -45,6 +45,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("generate: --model must be given: a folder, a run or a hub name")
     if bool(settings.prompt) == bool(settings.prompts):
         raise ValueError("generate: give either --prompt, a text, or --prompts, a file or hub name")
+    if settings.prompt and not settings.prompt.strip():
+        raise ValueError(f"generate: --prompt must not be empty, got {settings.prompt!r}")
     path = _path(settings.output) if settings.output else None
     rows = generate(settings)
     if path is None:

@@ -3,6 +3,7 @@
 import csv
 import os
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from nlhf.tabular.matrix_game import MatrixGame
 
 SUFFIXES = (".csv", ".npy")
+_UNREADABLE = (ValueError, EOFError, SyntaxError, TokenError, TypeError, OverflowError)
 
 
 def read(path: str | os.PathLike, **settings: Any) -> MatrixGame:
@@ -40,7 +42,8 @@ def read(path: str | os.PathLike, **settings: Any) -> MatrixGame:
 def _read_npy(path: Path) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    # the header is parsed as Python's literals, and may promise more than there is memory
+    except (*_UNREADABLE, MemoryError) as error:
         first = (str(error).splitlines() or ["it is empty"])[0]
         raise ValueError(f"{path}: not an array of numbers in .npy format: {first}") from None
     if (
