@@ -1,4 +1,4 @@
-"""Folders of other packages' formats: safetensors and no pickle, and errors that name the folder."""
+"""Folders in the formats of other packages: no pickle is read, and errors name the folder."""
 
 import hashlib
 import os

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from nlhf.data import replace_folder
 from nlhf.loading import check_weights, reading
 
-
 # ---- loading and saving
 
 
@@ -52,8 +51,8 @@ def load_model(
     """The causal language model of a folder or hub name, in eval mode on ``device``.
 
     ``dtype`` "auto" is that of the file; ``attn_implementation`` None is flash-attn where it can
-    run, else sdpa (eager for models without it). Weights are read from safetensors alone. ValueError
-    if the model is missing, corrupt or incomplete.
+    run, else sdpa (eager for models without it). Weights are read from safetensors alone.
+    ValueError if the model is missing, corrupt or incomplete.
     """
     from transformers import AutoModelForCausalLM
 

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -232,7 +231,9 @@ def test_corrupt_folders(tokenizer, tmp_path):
     for i, name in enumerate(names):
         broken(f"e{i}", lambda f, name=name: (f / name).unlink(), f"{name} is missing")
     broken("f", lambda f: (f / names[0]).write_bytes(b"x" * 40), f"{names[0]} has changed")
-    broken("i", lambda f: (f / weights).write_bytes((f / weights).read_bytes()[:999]), "has changed")
+    broken(
+        "i", lambda f: (f / weights).write_bytes((f / weights).read_bytes()[:999]), "has changed"
+    )
     with pytest.raises(ValueError, match="holds no preference model"):
         as_preference(tmp_path / "nothing")
 
