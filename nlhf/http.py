@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 
 import httpx2
 
+from nlhf.names import shown
+
 T = TypeVar("T")
 
 # of a server that is too busy, restarts, or stands behind a proxy that does
@@ -300,7 +302,7 @@ def _parsed(url: str, name: str) -> httpx2.URL:
             "environment variable"
         )
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ValueError(f"{name}: url must be http(s)://host:port/v1, got {url!r}")
+        raise ValueError(f"{name}: url must be http(s)://host:port/v1, got {shown(url)}")
     return parsed
 
 
@@ -344,7 +346,8 @@ def _untrusted(error: BaseException | None) -> bool:
 
 def _retry_after(text: str) -> float:
     """Seconds of a Retry-After header, a number or a date; 0 for none."""
-    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", text.strip()):
+    text = text.strip()
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", text):
         return float(text)
     with contextlib.suppress(ValueError, TypeError):
         return max(email.utils.parsedate_to_datetime(text).timestamp() - time.time(), 0.0)

@@ -171,10 +171,11 @@ def test_any_flags_are_right_or_one_line_and_status_2(inputs, tmp_path, monkeypa
             assert sum(line.startswith("nlhf") for line in said) == 1
             assert said[-1].startswith("nlhf")
             assert len(said[-1]) < 2500
-            assert after == before
-        else:
-            assert before.items() <= after.items()
-            for name in sorted(after.keys() - before.keys(), reverse=True):
-                (place / name).rmdir() if (place / name).is_dir() else (place / name).unlink()
+            # answers that have been drawn stay when the judge fails
+            if "what the models answered is in" not in said[-1]:
+                assert after == before
+        assert before.items() <= after.items()
+        for name in sorted(after.keys() - before.keys(), reverse=True):
+            (place / name).rmdir() if (place / name).is_dir() else (place / name).unlink()
 
     right()

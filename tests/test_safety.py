@@ -204,10 +204,10 @@ def coded(saved, pwned, monkeypatch) -> Path:
 
 
 RUNS = {
-    "train": "train --model model --prompts pairs.jsonl --preference builtins:len --output out",
+    "train": "train --model model --prompts pairs.jsonl --preference builtins:print --output out",
     "generate": "generate --model model --prompt w1 --output out --max-new-tokens 1",
     "ref": "generate --model adapters --ref model --prompt w1 --output out",
-    "evaluate": "evaluate good.jsonl model --preference builtins:len --output out",
+    "evaluate": "evaluate good.jsonl model --preference builtins:print --output out",
     "preference": "preference --trunk model --pairs pairs.jsonl --output out",
     "judge": "evaluate good.jsonl pairs.jsonl --preference preference/trunk/.. --output out",
 }

@@ -82,11 +82,15 @@ def run(arguments: argparse.Namespace) -> None:
             _write(output, contestant.name, prompts, answers)
             # a model may be in a cycle of references
             gc.collect()
-    judge = judge or preference.as_preference(settings.preference, device=device)
     ordered = {c.name: answers[c.name] for c in contestants}
+    try:
+        judge = judge or preference.as_preference(settings.preference, device=device)
+        wins = arena.win_matrix(judge, parts.plain(prompts), ordered, progress=True)
+    except ValueError as error:
+        kept = f"; what the models answered is in {output / 'completions'}" * output.is_dir()
+        raise ValueError(f"{error}{kept}") from error
     for name in given:
         _write(output, name, prompts, answers)
-    wins = arena.win_matrix(judge, parts.plain(prompts), ordered, progress=True)
     triples = arena.intransitive_triples(wins.matrix, wins.half)
     balance = arena.equilibrium(wins, seed=settings.seed)
     text = arena.report(wins, triples, balance)

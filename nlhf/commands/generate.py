@@ -1,6 +1,7 @@
 """``nlhf generate``."""
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -53,6 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
         for row in rows:
             sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
         return
+    made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     # whole or not there: a file that is cut short would pass for an answer to fewer prompts
     partial = path.with_name(path.name + ".partial")
@@ -63,6 +65,10 @@ def run(arguments: argparse.Namespace) -> None:
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
+        # nothing is left behind but what is whole
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
     sys.stdout.write(f"The responses are in {path}: give it to nlhf evaluate\n")
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import warnings
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any
@@ -41,7 +42,10 @@ def read(path: str | os.PathLike, **settings: Any) -> MatrixGame:
 
 def _read_npy(path: Path) -> np.ndarray:
     try:
-        array = np.load(path, allow_pickle=False)
+        with warnings.catch_warnings():
+            # of files by Python 2, which are read all the same
+            warnings.simplefilter("ignore")
+            array = np.load(path, allow_pickle=False)
     # the header is parsed as Python's literals, and may promise more than there is memory
     except (*_UNREADABLE, MemoryError) as error:
         first = (str(error).splitlines() or ["it is empty"])[0]
