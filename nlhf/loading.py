@@ -16,7 +16,7 @@ class reading(AbstractContextManager):
     """
 
     def __init__(self, path: str | os.PathLike, what: str):
-        self._name, self._what = f"{path}: {what}", what
+        self._name = f"{path}: {what}"
 
     def __exit__(self, kind, error, trace) -> None:
         # a panic is derived from BaseException, beside KeyboardInterrupt and SystemExit

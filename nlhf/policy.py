@@ -4,6 +4,7 @@ import contextlib
 import copy
 import importlib.util
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -72,7 +73,19 @@ def load_model(
     wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if wrong:
         raise ValueError(f"{path}: weights are missing, {wrong[0]} among {len(wrong)}")
+    _check_no_more_layers(model, info["unexpected_keys"], path)
     return model.to(device).eval() if device is not None else model.eval()
+
+
+def _check_no_more_layers(model: nn.Module, unexpected: Iterable, path: str | os.PathLike) -> None:
+    """ValueError where config.json states fewer layers than there are weights of."""
+    stack, place = layers(model)
+    indices = [re.match(rf"{re.escape(place)}\.(\d+)\.", str(name)) for name in unexpected]
+    most = max((int(found[1]) for found in indices if found), default=-1) + 1
+    if most > len(stack):
+        raise ValueError(
+            f"{path}: config.json states {len(stack)} layers, and there are weights of {most}"
+        )
 
 
 def attention_for(dtype: torch.dtype | str, device: torch.device | str | None) -> str | None:

@@ -152,7 +152,7 @@ def test_any_flags_are_right_or_one_line_and_status_2(inputs, tmp_path, monkeypa
 
         monkeypatch.setattr(cost, "run", stop)
 
-    @tried(40)
+    @tried(20)
     @given(lines(command))
     def right(words):
         errors = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")

@@ -227,7 +227,7 @@ def test_settings_in_yaml_are_read_or_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path, again = tmp_path / "c.yaml", tmp_path / "again.yaml"
 
-    @tried(150)
+    @tried(80)
     @given(documents())
     @example((config.Config, LAUGHS))
     @example((config.Config, LAUGHS.replace(b"[", b"{<<: [").replace(b"]", b"]}")))
@@ -269,19 +269,19 @@ def test_no_number_of_a_configuration_may_be_nan(kind):
 # ---- servers
 
 
-@tried(100)
+@tried(40)
 @given(st.one_of(words, words.map(lambda w: f"https://{w}"), words.map(lambda w: f"http://h/{w}")))
 def test_urls_are_taken_or_named(url):
     refused(lambda: http.Client(url, name="judge"), "judge")
 
 
-@tried(100)
+@tried(40)
 @given(st.one_of(words, st.text(alphabet="0123456789 :,MonJanGMT+-", max_size=40)))
 def test_any_retry_after_is_seconds(text):
     assert 0 <= http._retry_after(text) < float("inf")
 
 
-@tried(100)
+@tried(40)
 @given(json_values)
 def test_any_answer_of_a_judge_is_a_probability_or_none(value):
     shapes = (

@@ -66,7 +66,7 @@ class GenerateConfig:
 _GENERATE = (
     ("mixture_coef", 0, 1, "in [0, 1]"),
     ("limit", 0, math.inf, "at least 0"),
-    ("n_samples", 1, 10**6, "in 1 to a million"),
+    ("n_samples", 1, 10**6, "at least 1 and at most a million"),
     ("temperature", 0, 1e30, "at least 0 and finite"),
     ("top_k", 0, 2**63 - 1, "at least 0"),
     ("top_p", _ABOVE_0, 1, "in (0, 1]"),
