@@ -16,12 +16,14 @@ from nlhf.commands import (
     solve,
     train,
 )
-from nlhf.names import nearest
+from nlhf.names import nearest, shown, unusable
 
 COMMANDS = (train, preference, generate, evaluate, solve, reproduce, algorithms, info)
 EXIT_BAD_INPUT = 2
 # seconds from the error of one process to that of another
 _PATIENCE = 5
+# characters of an error, which may quote what was given
+_LONGEST = 2000
 
 
 class _OneLine(argparse.HelpFormatter):
@@ -45,6 +47,17 @@ class _Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return found, unknown
 
+    def error(self, message: str):
+        super().error(_line(message))
+
+
+def _line(message: str) -> str:
+    """On one line whatever it quotes, and no longer than can be read."""
+    if len(message) > _LONGEST:
+        message = f"{message[: _LONGEST // 2]}...{message[-_LONGEST // 2 :]}"
+    whole = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    return "".join(whole)
+
 
 def _parse(words: list[str]) -> argparse.Namespace:
     parser = _Parser(
@@ -57,9 +70,12 @@ def _parse(words: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)
+    for word in words:
+        if wrong := unusable(word):
+            parser.error(f"an argument must be text, got {wrong} in {shown(word)}")
     if words and not words[0].startswith("-") and words[0] not in commands.choices:
         hint = nearest(words[0], commands.choices) or "; nlhf --help lists them"
-        parser.error(f"unknown command {words[0]!r}{hint}")
+        parser.error(f"unknown command {shown(words[0])}{hint}")
     return parser.parse_args(words)
 
 
@@ -80,11 +96,20 @@ def main(argv: list[str] | None = None) -> None:
         # who reads has read enough, as head does; what is left has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
-        if rank:
-            # the launcher ends this process meanwhile if the first one has said the same
-            time.sleep(_PATIENCE)
-        sys.stderr.write(f"nlhf: {error}\n")
-        sys.exit(EXIT_BAD_INPUT)
+        _end(str(error), rank)
+    except (RuntimeError, MemoryError) as error:
+        # torch has no class of its own for it on the CPU
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        _end("not enough memory; take shorter texts or smaller batches", rank)
+
+
+def _end(message: str, rank: int) -> None:
+    if rank:
+        # the launcher ends this process meanwhile if the first one has said the same
+        time.sleep(_PATIENCE)
+    sys.stderr.write(f"nlhf: {_line(message)}\n")
+    sys.exit(EXIT_BAD_INPUT)
 
 
 if __name__ == "__main__":

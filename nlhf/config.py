@@ -7,12 +7,13 @@ import functools
 import inspect
 import itertools
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from nlhf.names import nearest
+from nlhf.names import nearest, shown, unusable
 
 
 def begins(group: str, default):
@@ -317,6 +318,7 @@ _FIT_CHOICES = {
     "pooling": ("last", "mean"),
     "dtype": DTYPES,
 }
+_MOST_CHARACTERS = 2**20
 BUILT_IN = (Path(__file__).parent / "configs", Path(__file__).parent / "recipes")
 
 
@@ -325,12 +327,12 @@ def check(config, limits: tuple, choices: dict) -> None:
     for name, low, high, wanted in limits:
         value = getattr(config, name)
         if not low <= value <= high:
-            raise ValueError(f"config: {name} must be {wanted}, got {value!r}")
+            raise ValueError(f"config: {name} must be {wanted}, got {shown(value)}")
     for name, known in choices.items():
         value = getattr(config, name)
         if value not in known:
             raise ValueError(
-                f"config: {name} must be one of {', '.join(map(repr, known))}, got {value!r}"
+                f"config: {name} must be one of {', '.join(map(repr, known))}, got {shown(value)}"
                 + nearest(value, known)
             )
 
@@ -388,7 +390,12 @@ def _read(source: str, kind: type) -> dict:
     known = built_in(kind)
     path = known.get(source, Path(source))
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            # some files have no end
+            text = file.read(_MOST_CHARACTERS + 1)
+        if len(text) > _MOST_CHARACTERS:
+            raise ValueError(f"it has more than {_MOST_CHARACTERS} characters")
+        node = yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
         raise ValueError(
             f"config: cannot read {source}: {error.strerror}{nearest(source, known)}; give a YAML "
@@ -396,10 +403,33 @@ def _read(source: str, kind: type) -> dict:
         ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         first = " ".join(str(error).split())
-        raise ValueError(f"config: {source} is not YAML: {first}") from None
-    if not isinstance(values, dict):
+        raise ValueError(f"config: {shown(source)} is not YAML: {first}") from None
+    if not isinstance(node, yaml.MappingNode) or node.tag != "tag:yaml.org,2002:map":
         raise ValueError(f"config: {source} must hold field: value lines")
+    values = {}
+    for key, value in node.value:
+        where = f"config: {source}, line {key.start_mark.line + 1}"
+        name = _scalar(key, where)
+        if name in values:
+            raise ValueError(f"{where}: {shown(name)} is there twice; leave one out")
+        values[name] = _scalar(value, where)
     return values
+
+
+def _scalar(node: yaml.Node, where: str):
+    """What a node says; fields are flat, so that aliases cannot grow either."""
+    if not isinstance(node, yaml.ScalarNode):
+        raise ValueError(f"{where}: must be field: value, got a {node.id}")
+    number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+    # YAML 1.1 takes 010 for 8 and 1:30 for 90
+    if number and re.match(r"[-+]?(0[0-9_xb]|[0-9_]+:)", node.value):
+        raise ValueError(f"{where}: write {shown(node.value)} as a decimal number, or in quotes")
+    try:
+        return yaml.SafeLoader("").construct_object(node)
+    # the others come from tags that do not fit, as !!bool before what is none
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{where}: {shown(node.value)} cannot be read: {said}") from None
 
 
 def from_dict(values: dict, source: str, kind: type = Config):
@@ -408,15 +438,19 @@ def from_dict(values: dict, source: str, kind: type = Config):
     for name, value in values.items():
         if name not in types:
             hint = nearest(name, types)
-            raise ValueError(f"config: {source} has an unknown field {name!r}{hint}")
+            raise ValueError(f"config: {source} has an unknown field {shown(name)}{hint}")
         checked[name] = _typed(name, value, types[name], source)
     return kind(**checked)
 
 
 def _typed(name: str, value, kind: type, source: str):
     """The value as its field's type; YAML reads 1e-3 as a string and 1 as an int."""
+    if type(value) is int and kind in (int, float) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"config: {name} must be a 64-bit integer, got another in {source}")
     exact = type(value) is kind
     number = kind is float and type(value) in (int, float)
+    if exact and kind is str and (wrong := unusable(value)):
+        raise ValueError(f"config: {name} in {source} must be text, got {wrong} in {shown(value)}")
     if exact or number:
         return kind(value)
     if kind is float and isinstance(value, str):
@@ -424,7 +458,7 @@ def _typed(name: str, value, kind: type, source: str):
             return float(value)
         except ValueError:
             pass
-    raise ValueError(f"config: {name} in {source} must be a {kind.__name__}, got {value!r}")
+    raise ValueError(f"config: {name} in {source} must be a {kind.__name__}, got {shown(value)}")
 
 
 def identity(config: Config) -> dict:

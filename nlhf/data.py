@@ -12,9 +12,9 @@ A source is a .jsonl, .jsonl.gz or .parquet file, or a data set of the hub: ``na
 
 import contextlib
 import gzip
+import importlib.util
 import json
 import logging
-import math
 import os
 import shutil
 import zlib
@@ -23,9 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nlhf.names import shown
+
 Text = str | list[dict[str, str]]
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+_MOST_BYTES = 2**26
+_ROWS_AT_ONCE = 1000
+_MOST_NAMES = 20
 
 
 @dataclass(frozen=True)
@@ -198,10 +203,15 @@ def _rows(source: str | os.PathLike, split: str, limit: int | None) -> Iterator[
     path = Path(name)
     if limit is not None and limit < 1:
         raise ValueError(f"data: limit must be at least 1, got {limit}")
-    if path.is_dir():
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    # a name that is too long for example
+    except OSError as error:
+        raise ValueError(f"{shown(name)}: cannot be read: {error.strerror}") from None
+    if is_folder:
         raise ValueError(f"{name}: is a folder; name one of its {', '.join(SUFFIXES)} files")
-    if path.is_file() or name.endswith(SUFFIXES):
-        if not path.is_file():
+    if is_file or name.endswith(SUFFIXES):
+        if not is_file:
             raise ValueError(f"{name}: no such file")
         if not name.endswith(SUFFIXES):
             raise ValueError(f"{name}: must end in one of {', '.join(SUFFIXES)}")
@@ -222,22 +232,31 @@ def _jsonl_rows(name: str) -> Iterator[tuple[str, dict]]:
     opener = gzip.open if name.endswith(".gz") else open
     number = 0
     try:
-        with opener(name, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
+        with opener(name, "rb") as lines:
+            # one more than may be, to tell: a small gzip file may hold a line without end
+            while line := lines.readline(_MOST_BYTES + 1):
+                number += 1
                 where = f"{name}, line {number}"
-                try:
-                    row = json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as error:
-                    raise ValueError(f"{where}: is not JSON: {error}") from error
-                if not isinstance(row, dict):
-                    raise ValueError(f"{where}: must be a JSON object, got {type(row).__name__}")
-                yield where, row
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name}, after line {number}: is not UTF-8; convert it") from error
+                if len(line) > _MOST_BYTES:
+                    raise ValueError(f"{where}: is longer than {_MOST_BYTES // 2**20} MiB")
+                if line.strip():
+                    yield where, _json_row(line, where)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{name}, after line {number}: cannot be read: {error}") from error
+
+
+def _json_row(line: bytes, where: str) -> dict:
+    try:
+        # the mark of some editors before the first line says nothing
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: is not UTF-8; convert it") from error
+    # also of an integer with more digits than Python reads
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: must be a JSON object, got {type(row).__name__}")
+    return row
 
 
 def _parquet_rows(name: str) -> Iterator[tuple[str, dict]]:
@@ -246,12 +265,23 @@ def _parquet_rows(name: str) -> Iterator[tuple[str, dict]]:
         import pyarrow.parquet
     except ImportError as error:
         raise ValueError(f"{name}: reading parquet needs `pip install pyarrow`") from error
+    number = 0
     try:
-        table = pyarrow.parquet.read_table(name)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{name}: cannot be read as parquet: {error}") from error
-    for number, row in enumerate(table.to_pylist(), start=1):
-        yield f"{name}, row {number}", row
+        with pyarrow.parquet.ParquetFile(name) as table:
+            names = table.schema_arrow.names
+            twice = {column for column in names if names.count(column) > 1}
+            if twice:
+                raise ValueError(f"{name}: has the column {min(twice)} twice; leave one out")
+            for batch in table.iter_batches(_ROWS_AT_ONCE):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{name}, row {number}", row
+    # pyarrow raises the others over pages and texts that are damaged
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, ArithmeticError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"{name}, after row {number}: cannot be read as parquet: {first}"
+        ) from error
 
 
 def _hub_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
@@ -265,6 +295,9 @@ def _hub_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
         raise ValueError(
             f"{name}: no such file; a hub name needs `pip install datasets`"
         ) from error
+    # such a name, as json is, would have it read whatever lies in the working folder
+    if name.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{name}"):
+        raise ValueError(f"{name}: is a format, and no data set; name a file or a data set")
     try:
         table = datasets.load_dataset(name, split=split)
     # the hub's own errors (not found, gated, offline, bad split) are subclasses of these
@@ -307,9 +340,14 @@ def _need(row: dict, names: tuple[str, ...], where: str) -> None:
     missing = [name for name in names if name not in row]
     if missing:
         raise ValueError(
-            f"{where}: lacks the column {', '.join(missing)}; it has {', '.join(row) or 'none'}, "
+            f"{where}: lacks the column {', '.join(missing)}; it has {_named(row) or 'none'}, "
             f"and needs {', '.join(names)}"
         )
+
+
+def _named(row: dict) -> str:
+    names = [name if name.isidentifier() else shown(name) for name in list(row)[:_MOST_NAMES]]
+    return ", ".join(names) + ", ..." * (len(row) > _MOST_NAMES)
 
 
 def _check_text(text: Any, column: str, where: str, *, empty_ok: bool) -> Text:
@@ -332,7 +370,7 @@ def _check_text(text: Any, column: str, where: str, *, empty_ok: bool) -> Text:
         if not good:
             raise ValueError(
                 f"{where}: every message of {column} must have a role and a content that are "
-                f"strings, got {str(message)[:80]}"
+                f"strings, got {shown(message)}"
             )
     if not empty_ok and not any(message["content"].strip() for message in text):
         raise ValueError(f"{where}: {column} must not be empty")
@@ -353,8 +391,8 @@ def _check_probability(value: Any, where: str) -> float:
         return 1.0
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     # written so that NaN fails it
-    if not (number and math.isfinite(value) and 0 <= value <= 1):
-        raise ValueError(f"{where}: probability must be a number in [0, 1], got {value!r}")
+    if not (number and 0 <= value <= 1):
+        raise ValueError(f"{where}: probability must be a number in [0, 1], got {shown(value)}")
     return float(value)
 
 

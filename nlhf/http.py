@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 
 import httpx2
 
+from nlhf.names import shown
+
 T = TypeVar("T")
 
 # of a server that is too busy, restarts, or stands behind a proxy that does
@@ -29,9 +31,13 @@ _LONGEST_WAIT = 60.0
 _LONGEST_CONNECT = 10.0
 _MOST_BYTES = 2**26
 
-if logging.getLogger("httpx2").level == logging.NOTSET:
-    # it has a line for every request
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
+# a key shorter than this is none, and may be a word of any answer
+_LEAST_KEY = 8
+
+# the one has a line for every request, the other shows whatever headers the server sends back
+for _chatty in map(logging.getLogger, ("httpx2", "httpcore2")):
+    if _chatty.level == logging.NOTSET:
+        _chatty.setLevel(logging.WARNING)
 
 
 class Unavailable(ValueError):
@@ -143,7 +149,7 @@ class Client:
             try:
                 status, headers, content = self._send(method, path, body)
                 if 200 <= status < 300:
-                    return self._read(read, _decoded(content))
+                    return self._read(read, self._cleaned(_decoded(content)))
                 why = f"status {status}{self._said(content)}"
                 if status not in _RETRIED:
                     raise ValueError(f"{self.name}: {why}{self._hint(status)}")
@@ -163,6 +169,15 @@ class Client:
             return read(answer)
         except ValueError as error:
             raise ValueError(self.hidden(str(error))) from None
+
+    def _cleaned(self, answer: Any) -> Any:
+        """The answer without the key, before anything reads, quotes or cuts it."""
+        if len(self._key) < _LEAST_KEY:
+            return answer
+        try:
+            return _mapped(self.hidden, answer)
+        except RecursionError:
+            raise BadAnswer("an answer that is nested too deep") from None
 
     def _send(self, method: str, path: str, body: dict | None) -> tuple[int, Any, bytes]:
         start = time.monotonic()
@@ -202,8 +217,8 @@ class Client:
     def _said(self, content: bytes) -> str:
         """What the server says of an error, in one line."""
         text = content.decode("utf-8", "replace")
-        with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
-            found = json.loads(text)
+        with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError, BadAnswer):
+            found = self._cleaned(json.loads(text))
             error = found.get("error", found) if isinstance(found, dict) else found
             text = str(error["message"] if isinstance(error, dict) else error)
         return f" ({line})" if (line := self._scrubbed(text)) else ""
@@ -261,6 +276,17 @@ def number(x: Any) -> float:
     return float(x)
 
 
+def _mapped(function: Callable[[str], str], x: Any) -> Any:
+    """What JSON holds, with a function of each of its strings for it."""
+    if isinstance(x, str):
+        return function(x)
+    if isinstance(x, list):
+        return [_mapped(function, y) for y in x]
+    if isinstance(x, dict):
+        return {function(name): _mapped(function, y) for name, y in x.items()}
+    return x
+
+
 def _decoded(content: bytes) -> Any:
     try:
         return json.loads(content)
@@ -280,7 +306,7 @@ def _parsed(url: str, name: str) -> httpx2.URL:
             "environment variable"
         )
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ValueError(f"{name}: url must be http(s)://host:port/v1, got {url!r}")
+        raise ValueError(f"{name}: url must be http(s)://host:port/v1, got {shown(url)}")
     return parsed
 
 
@@ -324,7 +350,8 @@ def _untrusted(error: BaseException | None) -> bool:
 
 def _retry_after(text: str) -> float:
     """Seconds of a Retry-After header, a number or a date; 0 for none."""
-    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", text.strip()):
+    text = text.strip()
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", text):
         return float(text)
     with contextlib.suppress(ValueError, TypeError):
         return max(email.utils.parsedate_to_datetime(text).timestamp() - time.time(), 0.0)

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import importlib.util
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -11,13 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from nlhf.data import replace_folder
-
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
-
+from nlhf.loading import check_weights, reading
 
 # ---- loading and saving
 
@@ -27,10 +25,8 @@ def load_tokenizer(path: str | os.PathLike, *, trust_remote_code: bool = False) 
     from transformers import AutoTokenizer
 
     place = _place(path, "tokenizer_config.json", "tokenizer.json")
-    try:
+    with reading(path, "the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
-    except _LOAD_ERRORS as error:
-        raise ValueError(f"{path}: the tokenizer cannot be loaded: {_line(error)}") from error
     check_tokenizer(tokenizer, str(path))
     return tokenizer
 
@@ -56,28 +52,40 @@ def load_model(
     """The causal language model of a folder or hub name, in eval mode on ``device``.
 
     ``dtype`` "auto" is that of the file; ``attn_implementation`` None is flash-attn where it can
-    run, else sdpa (eager for models without it). ValueError if the model is missing, corrupt or
-    incomplete.
+    run, else sdpa (eager for models without it). Weights are read from safetensors alone.
+    ValueError if the model is missing, corrupt or incomplete.
     """
     from transformers import AutoModelForCausalLM
 
     place = _place(path, "config.json")
     chosen = attn_implementation or attention_for(dtype, device)
-    try:
+    check_weights(place)
+    with reading(path, "the model"):
         model, info = AutoModelForCausalLM.from_pretrained(
             place,
             dtype=dtype,
             attn_implementation=chosen,
             trust_remote_code=trust_remote_code,
+            use_safetensors=True,
             output_loading_info=True,
         )
-    except _LOAD_ERRORS as error:
-        raise ValueError(f"{path}: the model cannot be loaded: {_line(error)}") from error
     # transformers fills what is missing with noise, and warns
     wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if wrong:
         raise ValueError(f"{path}: weights are missing, {wrong[0]} among {len(wrong)}")
+    _check_no_more_layers(model, info["unexpected_keys"], path)
     return model.to(device).eval() if device is not None else model.eval()
+
+
+def _check_no_more_layers(model: nn.Module, unexpected: Iterable, path: str | os.PathLike) -> None:
+    """ValueError where config.json states fewer layers than there are weights of."""
+    stack, place = layers(model)
+    indices = [re.match(rf"{re.escape(place)}\.(\d+)\.", str(name)) for name in unexpected]
+    most = max((int(found[1]) for found in indices if found), default=-1) + 1
+    if most > len(stack):
+        raise ValueError(
+            f"{path}: config.json states {len(stack)} layers, and there are weights of {most}"
+        )
 
 
 def attention_for(dtype: torch.dtype | str, device: torch.device | str | None) -> str | None:
@@ -113,10 +121,6 @@ def _place(path: str | os.PathLike, *files: str) -> str:
     if local.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1 or not text:
         raise ValueError(f"{text or repr(text)}: no such folder; name a folder or a hub name")
     return text
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 # ---- adapters and the reference

@@ -52,7 +52,7 @@ LAYERS = [
 ]
 # nlhf, from the bottom: a module may import those of the lines above its own
 LOOP = [
-    ["names", "progress"],
+    ["names", "progress", "loading"],
     ["config", "data", "http", "tabular", "distributed", "stopping"],
     ["snapshots"],
     ["preference"],

@@ -75,18 +75,22 @@ def run(arguments: argparse.Namespace) -> None:
     judge = None if saved.is_file() else preference.as_preference(settings.preference)
     given = {c.name: data.read_completions(c.path) for c in contestants if c.completions}
     prompts, answers = _align(settings, contestants, given)
-    for contestant in contestants:
-        if not contestant.completions:
-            answers[contestant.name] = answer(contestant, prompts, settings, device)
-            # at once, since nothing else here takes so long
-            _write(output, contestant.name, prompts, answers)
-            # a model may be in a cycle of references
-            gc.collect()
-    judge = judge or preference.as_preference(settings.preference, device=device)
-    ordered = {c.name: answers[c.name] for c in contestants}
+    try:
+        for contestant in contestants:
+            if not contestant.completions:
+                answers[contestant.name] = answer(contestant, prompts, settings, device)
+                # at once, since nothing else here takes so long
+                _write(output, contestant.name, prompts, answers)
+                # a model may be in a cycle of references
+                gc.collect()
+        ordered = {c.name: answers[c.name] for c in contestants}
+        judge = judge or preference.as_preference(settings.preference, device=device)
+        wins = arena.win_matrix(judge, parts.plain(prompts), ordered, progress=True)
+    except ValueError as error:
+        kept = f"; what the models answered is in {output / 'completions'}" * output.is_dir()
+        raise ValueError(f"{error}{kept}") from error
     for name in given:
         _write(output, name, prompts, answers)
-    wins = arena.win_matrix(judge, parts.plain(prompts), ordered, progress=True)
     triples = arena.intransitive_triples(wins.matrix, wins.half)
     balance = arena.equilibrium(wins, seed=settings.seed)
     text = arena.report(wins, triples, balance)

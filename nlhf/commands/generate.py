@@ -1,6 +1,7 @@
 """``nlhf generate``."""
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -45,12 +46,15 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("generate: --model must be given: a folder, a run or a hub name")
     if bool(settings.prompt) == bool(settings.prompts):
         raise ValueError("generate: give either --prompt, a text, or --prompts, a file or hub name")
+    if settings.prompt and not settings.prompt.strip():
+        raise ValueError(f"generate: --prompt must not be empty, got {settings.prompt!r}")
     path = _path(settings.output) if settings.output else None
     rows = generate(settings)
     if path is None:
         for row in rows:
             sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
         return
+    made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     # whole or not there: a file that is cut short would pass for an answer to fewer prompts
     partial = path.with_name(path.name + ".partial")
@@ -61,6 +65,10 @@ def run(arguments: argparse.Namespace) -> None:
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
+        # nothing is left behind but what is whole
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
     sys.stdout.write(f"The responses are in {path}: give it to nlhf evaluate\n")
 
 

@@ -5,7 +5,9 @@ import json
 import warnings
 from pathlib import Path
 
-CONFIG, ADAPTER = "config.json", "adapter_config.json"
+from nlhf.loading import check_weights, reading
+
+CONFIG, ADAPTER, WEIGHTS = "config.json", "adapter_config.json", "adapter_model"
 
 
 def find(text: str) -> str:
@@ -52,22 +54,37 @@ def load(path: str, dtype, device, *, trust_remote_code: bool = False) -> tuple:
         except ValueError as error:
             hint = "" if folder.exists() else beside(folder)
             raise ValueError(f"{error}{hint}") from error
-    try:
-        base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: {ADAPTER} names no base model: {error}") from error
+    with reading(path, ADAPTER):
+        stated = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+        base, kind = stated["base_model_name_or_path"], stated["peft_type"]
+    # a field of it names a module that peft would import
+    if kind != "LORA" or not isinstance(base, str) or stated.get("megatron_config"):
+        raise ValueError(f"{path}: {ADAPTER} must be of LoRA and name its base")
+    check_weights(folder, WEIGHTS)
     import peft
+    from safetensors import safe_open
 
     own = (folder / "tokenizer_config.json").is_file()
-    tokenizer = policy.load_tokenizer(path if own else base, **code)
-    model = policy.load_model(base, dtype, device, **code)
     try:
-        with warnings.catch_warnings():
-            # peft still asks transformers by a name that 5.23 deprecates
-            warnings.filterwarnings(
-                "ignore", message=".*gradient_checkpointing", category=FutureWarning
-            )
-            return peft.PeftModel.from_pretrained(model, path).eval(), tokenizer
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{path}: the adapters cannot be loaded: {first}") from error
+        tokenizer = policy.load_tokenizer(path if own else base, **code)
+        model = policy.load_model(base, dtype, device, **code)
+    except ValueError as error:
+        raise ValueError(f"{path}: its base or tokenizer: {error}") from error
+    with reading(path, "the adapters"), warnings.catch_warnings():
+        # peft still asks transformers by a name that 5.23 deprecates
+        warnings.filterwarnings(
+            "ignore", message=".*gradient_checkpointing", category=FutureWarning
+        )
+        # of keys that are not there, which is an error below
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        model = peft.PeftModel.from_pretrained(model, path).eval()
+        wanted = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+        with safe_open(folder / f"{WEIGHTS}.safetensors", "pt") as file:
+            there = set(file.keys())
+    # peft leaves at random what is missing, and leaves out what does not fit
+    wrong = sorted(wanted.keys() ^ {name for name in there if "lora_" in name})
+    if wrong:
+        raise ValueError(
+            f"{path}: the adapters are not those of {ADAPTER}, {wrong[0]} among {len(wrong)}"
+        )
+    return model, tokenizer

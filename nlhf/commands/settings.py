@@ -66,7 +66,7 @@ class GenerateConfig:
 _GENERATE = (
     ("mixture_coef", 0, 1, "in [0, 1]"),
     ("limit", 0, math.inf, "at least 0"),
-    ("n_samples", 1, math.inf, "at least 1"),
+    ("n_samples", 1, 10**6, "at least 1 and at most a million"),
     ("temperature", 0, 1e30, "at least 0 and finite"),
     ("top_k", 0, 2**63 - 1, "at least 0"),
     ("top_p", _ABOVE_0, 1, "in (0, 1]"),
@@ -140,3 +140,6 @@ class ReproduceConfig:
     """multiplies the numbers of steps and seeds, above 0"""
     output: str = ""
     """folder of the report; "": runs/reproduce/ and the name"""
+
+    def __post_init__(self):
+        check(self, (_SEED, ("scale", _ABOVE_0, 1e30, "above 0 and finite")), {})

@@ -1,6 +1,7 @@
 """Preference and reward models on a causal language model, and their folders."""
 
 import copy
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nlhf.data import replace_folder
+from nlhf.loading import check_weights, reading, sha256
 from nlhf.preference.protocol import check_texts, first_line
 from nlhf.progress import Progress
 
@@ -218,7 +220,7 @@ class PreferenceModel(nn.Module):
 
         The folder appears whole or not at all. ValueError if something else is there already.
         """
-        config = {"format": 1, "kind": self.kind, "settings": self.settings, "trunk_path": None}
+        config = {"kind": self.kind, "settings": self.settings, "trunk_path": None}
         config["trunk_dtype"] = str(next(self.trunk.parameters()).dtype).removeprefix("torch.")
         if trunk_path is not None:
             if not self.frozen:
@@ -230,7 +232,7 @@ class PreferenceModel(nn.Module):
             if trunk_path is None:
                 self.trunk.save_pretrained(new / "trunk")
                 self.tokenizer.save_pretrained(new / "trunk")
-            (new / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+            _write_config(new, config)
 
 
 class PairwiseModel(PreferenceModel):
@@ -312,10 +314,10 @@ class JoinPrompt:
         self, folder: str | os.PathLike, *, trunk_path: str | os.PathLike | None = None
     ) -> None:
         """As `PreferenceModel.save_pretrained`."""
-        config = {"format": 1, "kind": "join", "instruction": self.instruction}
+        config = {"kind": "join", "instruction": self.instruction}
         with replace_folder(folder, marker=CONFIG) as new:
             self.preference.save_pretrained(new / "model", trunk_path=trunk_path)
-            (new / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+            _write_config(new, config)
 
 
 KINDS = {model.kind: model for model in (PairwiseModel, RewardModel)}
@@ -333,17 +335,19 @@ def load_trunk(
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: holds no model (config.json is missing)")
-    try:
+    check_weights(folder)
+    # without a word on code transformers asks who sits there, and waits
+    here = {"local_files_only": True, "trust_remote_code": False}
+    with reading(folder, "the model"):
         trunk, info = AutoModel.from_pretrained(
             folder,
             dtype=dtype or "auto",
-            local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
+            **here,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: the model cannot be loaded: {first_line(error)}") from error
+    with reading(folder, "the tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **here)
     if info["missing_keys"] or info["mismatched_keys"]:
         missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise ValueError(f"{folder}: weights are missing, {missing[0]} among {len(missing)}")
@@ -359,25 +363,23 @@ def load_preference(
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{where}: holds no preference model ({CONFIG} is missing)")
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = _read_config(folder, where)
         if config["kind"] == "join":
             inner = load_preference(folder / "model", device=device)
             return JoinPrompt(inner, str(config["instruction"]))
         kind, settings, trunk_path = KINDS[config["kind"]], config["settings"], config["trunk_path"]
         dtype = getattr(torch, config["trunk_dtype"])
-        files = config["trunk_files"] if trunk_path else None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{where}: {CONFIG} is corrupt: {first_line(error)}") from error
-    except (KeyError, TypeError, AttributeError) as error:
+        if trunk_path and _weight_files(trunk_path) != config["trunk_files"]:
+            raise ValueError(
+                f"{where}: its trunk {trunk_path} has moved or changed; train it again"
+            )
+    except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{where}: {CONFIG} lacks or misstates {first_line(error)}") from error
-    if trunk_path and _weight_files(trunk_path) != files:
-        raise ValueError(f"{where}: its trunk {trunk_path} has moved or changed; train it again")
     trunk, tokenizer = load_trunk(trunk_path or folder / "trunk", dtype)
-    try:
+    with reading(where, CONFIG):
         model = kind(trunk, tokenizer, **settings)
+    try:
         head = load_file(folder / "head.safetensors")["head"]
-    except TypeError as error:
-        raise ValueError(f"{where}: {CONFIG} lacks or misstates {first_line(error)}") from error
     except (OSError, KeyError, SafetensorError) as error:
         raise ValueError(
             f"{where}: head.safetensors is missing or corrupt: {first_line(error)}"
@@ -389,6 +391,42 @@ def load_preference(
         )
     model.head.weight.data.copy_(head)
     return model.to(device)
+
+
+def _write_config(folder: Path, config: dict) -> None:
+    """With the hashes of all files beside it but those of another preference, and its own."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = [path.relative_to(folder).as_posix() for path in files]
+    own = {name for name in names if not name.startswith("model/")}
+    hashes = {name: sha256(folder / name) for name in sorted(own)}
+    config = {"format": 2} | config
+    whole = config | {"sha256": hashes | {CONFIG: _config_hash(config)}}
+    (folder / CONFIG).write_text(json.dumps(whole, indent=1), encoding="utf-8")
+
+
+def _read_config(folder: Path, where: str) -> dict:
+    """Checked against its hashes; format 1 had none."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: {CONFIG} is corrupt: {first_line(error)}") from error
+    if config["format"] not in (1, 2):
+        raise ValueError(f"{where}: {CONFIG} has a format that is not known here; update nlhf")
+    hashes = config.pop("sha256", None)
+    if hashes is None and config["format"] == 1:
+        return config
+    if hashes[CONFIG] != _config_hash(config):
+        raise ValueError(f"{where}: {CONFIG} has changed since it was saved; undo that")
+    for name, wanted in hashes.items():
+        path = folder / name
+        if name != CONFIG and not (path.is_file() and sha256(path) == wanted):
+            state = "has changed since it was saved" if path.exists() else "is missing"
+            raise ValueError(f"{where}: {name} {state}; copy the folder again, or train it again")
+    return config
+
+
+def _config_hash(config: dict) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def _cut(trunk: nn.Module, n_layers: int | None, name: str) -> nn.Module:

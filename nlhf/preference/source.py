@@ -1,8 +1,10 @@
 """A preference from what a user names: a callable, a folder, a server."""
 
 import importlib
+import inspect
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ def as_preference(source: Any, *, device: torch.device | str | None = None) -> C
             target: Any = importlib.import_module(module)
             for name in path.split("."):
                 target = getattr(target, name)
-        except (ImportError, AttributeError) as error:
+        # a name that ends in a dot is a ValueError of importlib
+        except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"preference {source}: cannot be imported: {first_line(error)}"
             ) from error
@@ -43,4 +46,18 @@ def as_preference(source: Any, *, device: torch.device | str | None = None) -> C
             "preference: must be a callable (prompts, first, second), a module:function, a saved "
             f"folder, or the url or YAML file of a judge, got {type(source).__name__}"
         )
+    _check_arguments(source)
     return Checked(source)
+
+
+def _check_arguments(function: Callable) -> None:
+    """ValueError unless it can be called with three lists."""
+    try:
+        signature = inspect.signature(function)
+    # some of C have none
+    except (ValueError, TypeError):
+        return
+    try:
+        signature.bind([], [], [])
+    except TypeError as error:
+        raise ValueError(f"preference: must take (prompts, first, second): {error}") from None

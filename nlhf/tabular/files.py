@@ -2,7 +2,9 @@
 
 import csv
 import os
+import warnings
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from nlhf.tabular.matrix_game import MatrixGame
 
 SUFFIXES = (".csv", ".npy")
+_UNREADABLE = (ValueError, EOFError, SyntaxError, TokenError, TypeError, OverflowError)
 
 
 def read(path: str | os.PathLike, **settings: Any) -> MatrixGame:
@@ -39,8 +42,12 @@ def read(path: str | os.PathLike, **settings: Any) -> MatrixGame:
 
 def _read_npy(path: Path) -> np.ndarray:
     try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        with warnings.catch_warnings():
+            # of files by Python 2, which are read all the same
+            warnings.simplefilter("ignore")
+            array = np.load(path, allow_pickle=False)
+    # the header is parsed as Python's literals, and may promise more than there is memory
+    except (*_UNREADABLE, MemoryError) as error:
         first = (str(error).splitlines() or ["it is empty"])[0]
         raise ValueError(f"{path}: not an array of numbers in .npy format: {first}") from None
     if (
