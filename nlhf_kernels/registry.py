@@ -4,6 +4,7 @@ A backend is a dotted path, so that this module imports none of them: only the b
 which nothing traces, does (``load``). Availability is probed once, from cheap facts.
 """
 
+import collections
 import contextlib
 import functools
 import importlib
@@ -84,6 +85,8 @@ _THROUGH = {
 _LACKS: dict[str, dict[str, dict[str, str]]] = {}
 _forced = ""
 _warned: set[str] = set()
+# (op or part of one, backend) -> how often it ran
+_calls: collections.defaultdict[tuple[str, str], int] = collections.defaultdict(int)
 
 
 def _probe() -> dict[str, str]:
@@ -153,9 +156,55 @@ def has(raw_op: str, backend: str) -> bool:
     return backend in _PATHS[raw_op]
 
 
-@functools.cache
 def load(raw_op: str, backend: str):
-    """Import and return the function of a backend. A broken backend raises here."""
+    """The function of a backend, for a call of it, which counts. A broken backend raises here."""
+    function = _imported(raw_op, backend)
+    # "_fwd" goes without saying
+    count(raw_op.removesuffix("_fwd"), backend)
+    return function
+
+
+def count(name: str, backend: str) -> None:
+    """One call more. Not to be traced: torch.compile would start again for every number."""
+    # no lock, which a fork could leave locked: within this line CPython switches no threads
+    _calls[name, backend] += 1
+
+
+def calls() -> dict[tuple[str, str], int]:
+    """What ran in this process since ``reset_calls``: (op, backend) -> number of calls.
+
+    An op is counted under its public name and its backward as ``<op>_bwd``, where a backend's
+    function is called, not where it was chosen: what is missing here did not run. So are the parts
+    of an op: ``pairwise_pg_loss`` on "cpp" is also a call of ``token_logprobs``, or of
+    ``token_kl``, and one of ``pairwise_pg_coef``; a ``linear_`` op calls its parts for every chunk,
+    or ``mixture_sample`` where it has no kernel for a draw. "eager" has no parts and no backward:
+    that is autograd's.
+
+    Not seen: what a CUDA graph replays (its capture counts once). And inside of torch.compile and
+    torch.export "eager", but for ``mixture_sample`` and ``ema_update_``, and
+    ``linear_mixture_sample`` where it is a product and ``mixture_sample``. What gradient
+    checkpointing does again is a call again.
+    """
+    return {key: _calls[key] for key in sorted(_calls)}
+
+
+def reset_calls() -> None:
+    """Count from 0 again."""
+    _calls.clear()
+
+
+def calls_table(calls: dict[tuple[str, str], int]) -> str:
+    """What ``calls`` gave, or the difference of two of them, as lines of op, backend and number."""
+    rows = [("op", "backend", "calls")]
+    rows += [(op, backend, str(n)) for (op, backend), n in sorted(calls.items()) if n]
+    if len(rows) == 1:
+        return "no op ran"
+    width = max(len(n) for *_, n in rows)
+    return "\n".join(f"{op:28} {backend:8} {n:>{width}}" for op, backend, n in rows)
+
+
+@functools.cache
+def _imported(raw_op: str, backend: str):
     # torch comes first on purpose: it and the extension then share one OpenMP runtime
     assert torch.__version__
     module, name = _PATHS[raw_op][backend].split(":")

@@ -124,10 +124,10 @@ def test_a_broken_kernel_raises(plant):
 
 def test_a_broken_backend_module_raises(monkeypatch):
     monkeypatch.setitem(registry._PATHS["mixture_sample_fwd"], "cpp", "nlhf_kernels.nowhere:f")
-    registry.load.cache_clear()
+    registry._imported.cache_clear()
     with pytest.raises(ModuleNotFoundError, match="nowhere"):
         draw()
-    registry.load.cache_clear()
+    registry._imported.cache_clear()
 
 
 def test_importing_the_package_imports_no_triton_and_no_extension():

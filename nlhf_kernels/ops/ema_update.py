@@ -18,7 +18,7 @@ def _update(ema, params, decay, decay_tensor, seed, seed_tensor, backend):
     if backend == "eager":
         decay = decay if decay_tensor is None else decay_tensor
         seed = seed if seed_tensor is None else seed_tensor
-        return eager.ema_update_(ema, params, decay=decay, seed=seed)
+        return common.run_eager(OP, ema, params, decay=decay, seed=seed)
     numbers = (decay, decay_tensor, seed, seed_tensor)
     registry.load(f"{OP}_fwd", backend)(ema, params, *numbers)
     # the schema's Tensor(a!)[] alone does not bump them; those of inference mode have no version
@@ -177,7 +177,7 @@ def ema_update_(
         return
     # a compiler takes minutes for the rounds of Philox: it gets eager as one operation
     if backend == "eager" and not torch.compiler.is_compiling():
-        return eager.ema_update_(ema, params, decay=decay, seed=seed)
+        return common.run_eager(OP, ema, params, decay=decay, seed=seed)
     numbers = (0.0, decay) if isinstance(decay, Tensor) else (float(decay), None)
     seeds = (0, seed) if isinstance(seed, Tensor) else (seed, None)
     with torch.no_grad():

@@ -24,7 +24,7 @@ def _fake(policy_logits, ref_logits, *_):
 def _eager_body(policy_logits, ref_logits, *arguments):
     pairs = zip(sampling.PARAMETERS, arguments[::2], arguments[1::2], strict=True)
     values = {name: scalar if rows is None else rows for name, scalar, rows in pairs}
-    return tuple(eager.mixture_sample(policy_logits, ref_logits, **values))
+    return tuple(common.run_eager(OP, policy_logits, ref_logits, **values))
 
 
 _TAKES = f"Tensor policy_logits, Tensor? ref_logits, {sampling.schema(sampling.PARAMETERS)}"

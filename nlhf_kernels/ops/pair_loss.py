@@ -142,7 +142,7 @@ def pair_loss(
     tensors = (logprobs, other_logprobs, anchor_logprobs, other_anchor_logprobs, preference)
     if backend == "eager":
         settings = {"method": method, "tau": tau, "eta": eta, "weights": weights}
-        return eager.pair_loss(*tensors, other_preference, **settings)
+        return common.run_eager(OP, *tensors, other_preference, **settings)
     dtype = eager.statistics_dtype(*tensors, other_preference)
     # what is cast here has its gradient cast back
     y, y_other, *frozen = (x.to(dtype) for x in tensors)

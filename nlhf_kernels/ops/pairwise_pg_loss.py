@@ -15,6 +15,8 @@ OP = "pairwise_pg_loss"
 
 def _coef(*arguments):
     *arguments, backend = arguments
+    # what makes a loss of statistics: one call of the op
+    registry.count(OP, backend)
     return registry.load("pairwise_pg_coef_fwd", backend)(*arguments)
 
 
@@ -116,7 +118,8 @@ def pairwise_pg_loss(
     part = vocabulary.part_of(OP, group, logits)
     common.check_token_ids(OP, tokens, mask, part.V if part else logits.shape[-1])
     if backend == "eager":
-        return eager.pairwise_pg_loss(
+        return common.run_eager(
+            OP,
             common.WriteBack.apply(logits) if inplace else logits,
             tokens,
             mask,

@@ -129,7 +129,7 @@ def draw(
 ) -> MixtureSample:
     """``mixture_sample`` on a chosen backend, with parameters that have been checked."""
     if backend == "eager" and not torch.compiler.is_compiling():
-        return eager.mixture_sample(policy_logits, ref_logits, **values)
+        return common.run_eager("mixture_sample", policy_logits, ref_logits, **values)
     dtype = eager.statistics_dtype(policy_logits, ref_logits)
     parameters = arguments(values, PARAMETERS, policy_logits.shape[0], dtype)
     if backend == "cpp" and direct(policy_logits):

@@ -53,6 +53,8 @@ def skinny_linear(
         raise ValueError(f"{OP}: {why}")
     backend = common.resolve(OP, input, backend)
     if backend == "eager":
+        if not torch.compiler.is_compiling():
+            registry.count(OP, backend)
         return torch.nn.functional.linear(input, weight, bias)
     output = torch.ops.nlhf.skinny_linear_fwd(input, weight, backend)
     return output if bias is None else output.add_(bias)
