@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -158,15 +159,14 @@ def has(raw_op: str, backend: str) -> bool:
 
 def load(raw_op: str, backend: str):
     """The function of a backend, for a call of it, which counts. A broken backend raises here."""
-    function = _imported(raw_op, backend)
-    # "_fwd" goes without saying
-    count(raw_op.removesuffix("_fwd"), backend)
+    function, key = _imported(raw_op, backend)
+    # no lock, which a fork could leave locked: within this line CPython switches no threads
+    _calls[key] += 1
     return function
 
 
 def count(name: str, backend: str) -> None:
     """One call more. Not to be traced: torch.compile would start again for every number."""
-    # no lock, which a fork could leave locked: within this line CPython switches no threads
     _calls[name, backend] += 1
 
 
@@ -204,11 +204,13 @@ def calls_table(calls: dict[tuple[str, str], int]) -> str:
 
 
 @functools.cache
-def _imported(raw_op: str, backend: str):
+def _imported(raw_op: str, backend: str) -> tuple[Callable, tuple[str, str]]:
+    """The function, and what it counts as."""
     # torch comes first on purpose: it and the extension then share one OpenMP runtime
     assert torch.__version__
     module, name = _PATHS[raw_op][backend].split(":")
-    return getattr(importlib.import_module(module), name)
+    # "_fwd" goes without saying
+    return getattr(importlib.import_module(module), name), (raw_op.removesuffix("_fwd"), backend)
 
 
 def _set_forced(name: str) -> str:
