@@ -114,6 +114,9 @@ def reason(op: str, backend: str, device: str, features: tuple[str, ...] = ()) -
     if backend == "eager":
         return ""
     served = _THROUGH.get(op, op)
+    if f"{served}_fwd" not in _PATHS:
+        known = ", ".join((*OPS, *LAYERS, *UPDATES))
+        raise ValueError(f"reason: op must be one of {known}, got {op!r}")
     if backend not in _PATHS[f"{served}_fwd"]:
         return f"{op} has no {backend} implementation"
     if backend in _ABSENT:
@@ -134,6 +137,9 @@ def resolve(op: str, device: str, backend: str = "", features: tuple[str, ...] =
     An explicit choice (``backend``, ``use_backend``, ``NLHF_BACKEND``, in that priority) runs or
     raises ``ValueError`` with its reason; it never falls back.
     """
+    if not isinstance(backend, str):
+        kind = type(backend).__name__
+        raise ValueError(f"{op}: backend must be a word, one of {', '.join(BACKENDS)}, got {kind}")
     explicit = backend or _forced or os.environ.get("NLHF_BACKEND", "")
     if explicit:
         if why := reason(op, explicit, device, features):
@@ -223,8 +229,9 @@ def _set_forced(name: str) -> str:
 @contextlib.contextmanager
 def use_backend(name: str):
     """Within the ``with``, every op runs on this backend or raises; "" chooses automatically."""
-    if name and name not in BACKENDS:
-        raise ValueError(f"use_backend: {name!r} is unknown: choose one of {', '.join(BACKENDS)}")
+    if not isinstance(name, str) or (name and name not in BACKENDS):
+        got = repr(name) if isinstance(name, str) else type(name).__name__
+        raise ValueError(f"use_backend: {got} is unknown: choose one of {', '.join(BACKENDS)}")
     before = _set_forced(name)
     try:
         yield

@@ -147,8 +147,7 @@ def linear_mixture_sample(
         "seed": seed,
         "position": position,
     }
-    check = check and not torch.compiler.is_compiling()
-    sampling.check_parameters(OP, values, policy_hidden, extrapolate, look=check)
+    check = sampling.check_parameters(OP, values, policy_hidden, extrapolate, check)
     features = sampling.features(values)
     backend = common.resolve(OP, policy_hidden, backend, features)
 

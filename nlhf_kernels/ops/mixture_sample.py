@@ -1,6 +1,5 @@
 """Contract of ``mixture_sample``."""
 
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -66,8 +65,7 @@ def mixture_sample(
         "seed": seed,
         "position": position,
     }
-    check = check and not torch.compiler.is_compiling()
-    sampling.check_parameters(OP, values, policy_logits, extrapolate, look=check)
+    check = sampling.check_parameters(OP, values, policy_logits, extrapolate, check)
     backend = common.resolve(OP, policy_logits, backend, sampling.features(values))
     if group is not None:
         policy_logits = vocabulary.gathered(OP, policy_logits, group)
