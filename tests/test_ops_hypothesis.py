@@ -235,22 +235,30 @@ def require_answer(op: str, made: dict, backend: str) -> None:
 # ---- right answers
 
 
-def close(name: str, got: Tensor, same: Tensor, exact: Tensor) -> None:
-    """Within the tolerance of ``exact``, in float64, or no worse than eager in its own dtype."""
+def close(name: str, got: Tensor, same: Tensor, exact: Tensor, lost: float = 0.0) -> None:
+    """Within the tolerance of ``exact``, in float64, or no worse than eager in its own dtype.
+
+    ``lost``: relatively, by the rounding of numbers that are larger than the result.
+    """
     assert got.shape == exact.shape, f"{name} is {tuple(got.shape)}, must be {tuple(exact.shape)}"
     assert got.dtype == same.dtype, f"{name} is {got.dtype}, must be {same.dtype}"
     rtol, atol = TOLERANCE[got.dtype]
     x, y, z = (t.detach().double() for t in (got, same, exact))
     equal = (x == y) | (x.isnan() & y.isnan()) | (x == z) | (x.isnan() & z.isnan())
-    # what eager in this dtype cannot say is anything's guess, but for the truth where it is finite
-    lost = z.isfinite() & ~y.isfinite()
+    # what eager in this dtype cannot say is anything's guess
+    unknown = z.isfinite() & ~y.isfinite()
     finite = y.isfinite() & z.isfinite()
     error = (y - z).abs()[finite]
     slack = 16 * float(error.max()) if error.numel() else 0.0
+    if lost and finite.any():
+        slack += 16 * lost * float(z[finite].abs().max() + 1)
     near = (x - z).abs() <= atol + rtol * z.abs() + slack
-    right = equal | near | lost
-    # beyond the largest number of the dtype an infinity is the truth
-    right |= x.isinf() & (z.abs() >= torch.finfo(got.dtype).max)
+    right = equal | near | unknown
+    if name.startswith("gradient"):
+        # a factor of 0 makes NaN of an infinite one, and nothing of it where it is left out
+        right |= (x == 0) & z.isnan()
+    # powers of 2 reach less far than those of e: the largest numbers may be infinite
+    right |= x.isinf() & (z.abs() >= torch.finfo(got.dtype).max / 2)
     assert right.all(), (
         f"{name}: {x[~right][:3]}, in this dtype {y[~right][:3]}, is {z[~right][:3]}"
     )
@@ -310,8 +318,33 @@ def require_right(op: str, made: dict, backend: str) -> None:
     (same, same_grads), (exact, exact_grads) = (answers(op, x, function) for x in others)
     for i, triple in enumerate(zip(outputs, same, exact, strict=True)):
         close(f"output {i}", *triple)
-    for i, triple in enumerate(zip(grads, same_grads, exact_grads, strict=True)):
-        close(f"gradient {i}", *triple)
+    lost = lost_digits(plain, outputs[0]) if grads else 0.0
+    for i, (x, y, z) in enumerate(zip(grads, same_grads, exact_grads, strict=True)):
+        if lost < 1e-5:
+            close(f"gradient {i}", x, y, z, lost)
+
+
+def lost_digits(made: dict, output: Tensor) -> float:
+    """How much a probability errs, relatively, that is made with the log-sum-exp of ``output``'s
+    dtype that the forward has saved.
+    """
+    scores = 0.0
+    for prefix in ("", "ref_"):
+        logits = made.get(f"{prefix}logits")
+        if f"{prefix}hidden" in made:
+            hidden, weight, bias = (
+                made.get(prefix + name) for name in ("hidden", "weight", "bias")
+            )
+            weight, bias = (made["weight"], made.get("bias")) if weight is None else (weight, bias)
+            scale = made.get("logit_scale", 1.0)
+            logits = eager.logits.linear_logits(
+                hidden.detach(), weight.detach(), bias, None, torch.float64, scale
+            )
+        if logits is not None and logits.numel():
+            capped = eager.logits.capped(logits.detach().double(), made.get("softcap"))
+            scores = max(scores, float(capped.nan_to_num(0, 0, 0).abs().max()))
+    heat = made.get("temperature", 1.0)
+    return scores / heat / min(heat, 1) * torch.finfo(output.dtype).eps
 
 
 def require_draw(op: str, made: dict, got: nk.MixtureSample) -> None:
@@ -319,20 +352,25 @@ def require_draw(op: str, made: dict, got: nk.MixtureSample) -> None:
     given = {k: x for k, x in given.items() if x is not None and k != "group"}
     same = getattr(eager, op)(**given)
     assert torch.equal(got.tokens < 0, same.tokens < 0), "rows that are bad differ"
-    rows = got.tokens == same.tokens
     if isinstance(given["seed"], Tensor):
-        given["seed"] = given["seed"].expand(len(rows))
+        given["seed"] = given["seed"].expand(len(got.tokens))
     if op == "mixture_sample":
         models = (given.pop("policy_logits"), given.pop("ref_logits", None))
         draw = Draw(*models, **given)
     else:
         draw = linear_draw(**given)
     draw.bad |= got.tokens < 0
+    # products differ in their last digit, which is all there is to a cold or a huge one
+    known = draw.tie < (1e-3 if op.startswith("linear_") else torch.inf)
+    draw.bad |= ~known
     draw.require_winners(got.tokens)
+    draw.bad = got.tokens < 0
     exact = draw.logprobs(got.tokens)
+    rows = (got.tokens == same.tokens) & known
     for name in FIELDS:
         triple = [getattr(got, name), getattr(same, name), exact[name].to(torch.float64)]
-        close(name, *(x[rows] if len(x) else x for x in triple))
+        lost = float(draw.tie[rows].max()) if rows.any() else 0.0
+        close(name, *(x[rows] if len(x) else x for x in triple), lost)
 
 
 @pytest.mark.parametrize("backend", registry.ORDER["cpu"])

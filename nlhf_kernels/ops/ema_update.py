@@ -1,7 +1,7 @@
 """Contract of ``ema_update_``."""
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence, ValuesView
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ common.define(
 
 def _check_lists(ema, params) -> tuple[list[Tensor], list[Tensor]]:
     for name, xs in (("ema", ema), ("params", params)):
-        if isinstance(xs, Tensor | str) or not isinstance(xs, Iterable):
+        if not isinstance(xs, Sequence | Iterator | ValuesView):
             got = common.describe(xs)
             raise ValueError(f"{OP}: {name} must be a sequence of tensors, got one thing: {got}")
     ema, params = list(ema), list(params)

@@ -148,6 +148,7 @@ def linear_mixture_sample(
         "position": position,
     }
     check = sampling.check_parameters(OP, values, policy_hidden, extrapolate, check)
+    vocabulary.check_group(OP, group)
     features = sampling.features(values)
     backend = common.resolve(OP, policy_hidden, backend, features)
 
@@ -177,7 +178,7 @@ def linear_mixture_sample(
             registry.count(OP, backend)
         logits = _logits(*models, shared, softcap, dtype)
         if group is not None:
-            logits = (None if x is None else vocabulary.gathered(OP, x, group) for x in logits)
+            logits = (None if x is None else vocabulary.gathered(x, group) for x in logits)
         result = sampling.draw(*logits, values, backend)
     if check:
         sampling.check_rows(OP, result)

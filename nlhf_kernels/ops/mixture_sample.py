@@ -66,10 +66,11 @@ def mixture_sample(
         "position": position,
     }
     check = sampling.check_parameters(OP, values, policy_logits, extrapolate, check)
+    vocabulary.check_group(OP, group)
     backend = common.resolve(OP, policy_logits, backend, sampling.features(values))
     if group is not None:
-        policy_logits = vocabulary.gathered(OP, policy_logits, group)
-        ref_logits = None if ref_logits is None else vocabulary.gathered(OP, ref_logits, group)
+        policy_logits = vocabulary.gathered(policy_logits, group)
+        ref_logits = None if ref_logits is None else vocabulary.gathered(ref_logits, group)
     result = sampling.draw(policy_logits, ref_logits, values, backend)
     if check:
         sampling.check_rows(OP, result)
