@@ -48,7 +48,7 @@ def per_token(draw, batch: tuple, V: int) -> dict:
     )
     mask = torch.rand(batch, generator=torch.Generator().manual_seed(draw(st.integers(0, 9)))) < 0.6
     dtype = draw(st.sampled_from([torch.bool, torch.int64, torch.uint8]))
-    layouts = st.sampled_from(["dense", "offset", "sliced", "last"])
+    layouts = st.sampled_from(["dense", "offset", "sliced", "last", "flipped"])
     if draw(st.booleans()):
         # ids under the mask are never read
         tokens[~mask] = -(2**40)

@@ -23,7 +23,17 @@ EDGES = (
     0.0, -0.0, math.inf, -math.inf, math.nan, 5e-324, 1e-310, 1e-45, -1e-40, 1e-38, 6e-8, 6e-5,
     1.0, -1.0, 88.8, -104.0, 700.0, 65504.0, -65504.0, 1e30, -3e38, 3.4e38, 1e39, 1e300, -1.7e308,
 )  # fmt: skip
-LAYOUTS = ("dense", "offset", "sliced", "transposed", "expanded", "overlapping", "last", "negated")
+LAYOUTS = (
+    "dense",
+    "offset",
+    "sliced",
+    "transposed",
+    "expanded",
+    "overlapping",
+    "last",
+    "negated",
+    "flipped",
+)
 
 
 def values(shape: tuple, seed: int, kind: str) -> Tensor:
@@ -52,6 +62,8 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
         ].copy_(x)
     if layout == "transposed" and x.dim() > 2:
         return x.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "flipped" and x.dim() > 1:
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
     if layout == "expanded":
         return x[:1].expand(x.shape)
     if layout == "overlapping":
@@ -59,9 +71,9 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
         return x.flatten().as_strided(x.shape, strides)
     if layout == "last":
         return torch.stack([x, x], -1)[..., 0]
-    if layout == "negated" and x.dtype in (torch.float32, torch.float64):
-        # the imaginary part of a conjugate: in memory stands the opposite
-        return torch.complex(x, -x).conj().imag
+    if layout == "negated":
+        # as the imaginary part of a conjugate is: in memory stands the opposite
+        return torch._neg_view(-x)
     return x
 
 

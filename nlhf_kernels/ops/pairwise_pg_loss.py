@@ -143,8 +143,9 @@ def pairwise_pg_loss(
     if ref_logits is not None and not exact:
         ids = tokens if part is None else part.ids(tokens)
         if dtype == torch.float64:
-            # beside float64 a narrower reference counts as exact
-            ref_logits = ref_logits.to(dtype)
+            # beside float64 a narrower reference counts as exact; rows that overlap would be laid
+            # out in any order
+            ref_logits = ref_logits.to(dtype, memory_format=torch.contiguous_format)
         found = torch.ops.nlhf.token_logprobs_fwd(ref_logits, ids, mask, *settings)
         ref_logprobs = vocabulary.whole(part, tokens, mask, *found)[0]
     refs = pg.prepared(ref_logprobs, mask, dtype)

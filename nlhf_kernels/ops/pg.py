@@ -39,7 +39,7 @@ def prepared(x: Tensor | Sequence[Tensor] | None, mask: Tensor, dtype: torch.dty
         return None
     if isinstance(x, Sequence):
         return torch.stack([prepared(one, mask, dtype) for one in x])
-    return torch.where(mask, x.detach().to(dtype), 0)
+    return torch.where(mask, x.detach().to(dtype), 0).contiguous()
 
 
 def check(
