@@ -222,6 +222,9 @@ def wants_inplace(op: str, logits: Tensor, inplace_backward: bool) -> bool:
     check_flag(op, "inplace_backward", inplace_backward)
     if not inplace_backward or torch.compiler.is_compiling():
         return False
+    # as .imag of a conjugate is: in memory stands the opposite
+    stored = not logits.is_neg()
+    require(stored, op, "inplace_backward needs logits that are no negated view: clone them")
     end = 1
     for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
         if size > 1:

@@ -57,6 +57,9 @@ def _check_lists(ema, params) -> tuple[list[Tensor], list[Tensor]]:
             device = device or y.device
             if y.device != device:
                 raise ValueError(f"{OP}: {name} must be on {device}, got {common.describe(y)}")
+        if x.is_neg():
+            got = "a negated view, as .imag of a conjugate is"
+            raise ValueError(f"{OP}: ema[{k}] must hold its numbers in memory, got {got}")
         if x.shape != p.shape:
             wanted = f"{tuple(x.shape)} like ema[{k}]"
             raise ValueError(f"{OP}: params[{k}] must be {wanted}, got {common.describe(p)}")
@@ -71,6 +74,7 @@ def _usual(ema: list, params: list) -> bool:
     return (
         {type(x) for x in tensors} <= {*common.PLAIN}
         and all(map(common.is_dense, tensors))
+        and not any(map(Tensor.is_neg, ema))
         and {x.dtype for x in tensors} <= DTYPES
         and len(devices := {x.device for x in tensors}) == 1
         and torch.device("meta") not in devices
