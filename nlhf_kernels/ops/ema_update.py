@@ -37,7 +37,8 @@ common.define(
 
 def _check_lists(ema, params) -> tuple[list[Tensor], list[Tensor]]:
     for name, xs in (("ema", ema), ("params", params)):
-        if not isinstance(xs, Sequence | Iterator | ValuesView):
+        # lists, as always inside of torch.compile, which knows no abstract classes
+        if not isinstance(xs, list) and not isinstance(xs, (Sequence, Iterator, ValuesView)):
             got = common.describe(xs)
             raise ValueError(f"{OP}: {name} must be a sequence of tensors, got one thing: {got}")
     ema, params = list(ema), list(params)
@@ -57,7 +58,7 @@ def _check_lists(ema, params) -> tuple[list[Tensor], list[Tensor]]:
             device = device or y.device
             if y.device != device:
                 raise ValueError(f"{OP}: {name} must be on {device}, got {common.describe(y)}")
-        if x.is_neg():
+        if not torch.compiler.is_compiling() and x.is_neg():
             got = "a negated view, as .imag of a conjugate is"
             raise ValueError(f"{OP}: ema[{k}] must hold its numbers in memory, got {got}")
         if x.shape != p.shape:
