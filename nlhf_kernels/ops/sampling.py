@@ -124,8 +124,8 @@ def direct(*arguments) -> bool:
     memory is not their values: subclasses, and views of conjugates.
     """
     return (
-        all(type(x) is Tensor and not x.is_neg() for x in arguments if isinstance(x, Tensor))
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and all(type(x) is Tensor and not x.is_neg() for x in arguments if isinstance(x, Tensor))
         and not torch._C._len_torch_dispatch_stack()
         and not torch.autograd._profiler_enabled()
     )
