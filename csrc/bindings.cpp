@@ -231,6 +231,7 @@ PYBIND11_MODULE(_native, m) {
 
   m.def("tile_levels", &tile_levels);
   m.def("use_tile_level", &use_tile_level);
+  m.def("take_tile_levels_run", &take_tile_levels_run);
   m.def("fold_in", &fold_in);
   m.def("philox4x32",
         [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from nlhf.data import replace_folder
 from nlhf.distributed import ALONE, World
+from nlhf.loading import sha256
 
 T = TypeVar("T")
 
@@ -49,7 +50,7 @@ def seal(place: Path, step: int, **state: Any) -> None:
     """Hash every file of a new snapshot, see them onto the disk, and write ``state`` down."""
     hashes = {}
     for path in sorted(place.iterdir()):
-        hashes[path.name] = _sha256(path)
+        hashes[path.name] = sha256(path)
         _flush(path)
     whole = {"step": step, "files": hashes, **state}
     write(place / STATE, json.dumps({"state": whole, "sha256": _digest(whole)}, indent=1))
@@ -74,7 +75,7 @@ def checked(snapshot: Path) -> dict[str, Any]:
         if path.name != STATE and path.name not in hashes:
             raise ValueError(f"{path.name} is none of its files")
     for name, wanted in hashes.items():
-        if _sha256(snapshot / name) != wanted:
+        if sha256(snapshot / name) != wanted:
             raise ValueError(f"{name} does not match its hash")
     return state
 
@@ -188,8 +189,3 @@ def _flush(path: Path) -> None:
 
 def _digest(state: Any) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,7 +21,15 @@ from nlhf_kernels.ops.pairwise_pg_loss import pairwise_pg_loss
 from nlhf_kernels.ops.skinny_linear import skinny_linear
 from nlhf_kernels.ops.token_kl import token_kl
 from nlhf_kernels.ops.token_logprobs import token_logprobs
-from nlhf_kernels.registry import BACKENDS, reason, resolve, use_backend
+from nlhf_kernels.registry import (
+    BACKENDS,
+    calls,
+    calls_table,
+    reason,
+    reset_calls,
+    resolve,
+    use_backend,
+)
 
 __version__ = "0.1.0"
 
@@ -34,6 +42,8 @@ __all__ = [
     "PairwisePGLoss",
     "TokenKL",
     "TokenLogprobs",
+    "calls",
+    "calls_table",
     "ema_update_",
     "fold_in",
     "linear_mixture_sample",
@@ -44,6 +54,7 @@ __all__ = [
     "pair_loss",
     "pairwise_pg_loss",
     "reason",
+    "reset_calls",
     "resolve",
     "skinny_linear",
     "token_kl",

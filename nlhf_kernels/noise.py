@@ -36,16 +36,35 @@ def fold_in(seed: int | Tensor, k: int | Tensor) -> int | Tensor:
     The key is ``seed``, the counter (k low, k high, 0, 2**31), a block that no draw uses. Both
     arguments are int64, scalars or broadcastable tensors. Returns an int if both are ints, else an
     int64 tensor.
+
+    Raises:
+        ValueError: another dtype, an integer of more than 64 bits, shapes that do not broadcast.
     """
-    key, count = _integers(seed), _integers(k)
+    key, count = _integers("seed", seed), _integers("k", k)
+    pairs = zip(reversed(key.shape), reversed(count.shape), strict=False)
+    if not all(m == n or m == 1 or n == 1 for m, n in pairs):
+        got = f"{tuple(key.shape)} and {tuple(count.shape)}"
+        raise ValueError(f"fold_in: seed and k must be broadcastable, got {got}")
+    # a number of the CPU's goes with tensors of any device
+    if key.device != count.device and not any(x.is_cpu and not x.dim() for x in (key, count)):
+        got = f"{key.device} and {count.device}"
+        raise ValueError(f"fold_in: seed and k must be on one device, got {got}")
     words = philox((count & MASK32, (count >> 32) & MASK32, 0, 1 << 31), split(key))
     folded = words[0] | (words[1] << 32)
     return folded if isinstance(seed, Tensor) or isinstance(k, Tensor) else int(folded)
 
 
-def _integers(x: int | Tensor) -> Tensor:
+def _integers(name: str, x: int | Tensor) -> Tensor:
+    if isinstance(x, Tensor):
+        if x.dtype == torch.int64 and x.layout == torch.strided and not x.is_nested:
+            return x
+        raise ValueError(f"fold_in: {name} must be int64, got a tensor of {x.dtype}, {x.layout}")
+    whole = isinstance(x, int | torch.SymInt) and not isinstance(x, bool)
+    if not (whole and -(2**63) <= x < 2**63):
+        kind = type(x).__name__
+        raise ValueError(f"fold_in: {name} must be a 64-bit integer or int64, got another {kind}")
     # not as_tensor, which would make torch.compile start again for every new int
-    return x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.int64)
+    return torch.full((), x, dtype=torch.int64)
 
 
 def split(seed: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,12 +4,14 @@ A backend is a dotted path, so that this module imports none of them: only the b
 which nothing traces, does (``load``). Availability is probed once, from cheap facts.
 """
 
+import collections
 import contextlib
 import functools
 import importlib
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -84,6 +86,8 @@ _THROUGH = {
 _LACKS: dict[str, dict[str, dict[str, str]]] = {}
 _forced = ""
 _warned: set[str] = set()
+# (op or part of one, backend) -> how often it ran
+_calls: collections.defaultdict[tuple[str, str], int] = collections.defaultdict(int)
 
 
 def _probe() -> dict[str, str]:
@@ -110,6 +114,9 @@ def reason(op: str, backend: str, device: str, features: tuple[str, ...] = ()) -
     if backend == "eager":
         return ""
     served = _THROUGH.get(op, op)
+    if f"{served}_fwd" not in _PATHS:
+        known = ", ".join((*OPS, *LAYERS, *UPDATES))
+        raise ValueError(f"reason: op must be one of {known}, got {op!r}")
     if backend not in _PATHS[f"{served}_fwd"]:
         return f"{op} has no {backend} implementation"
     if backend in _ABSENT:
@@ -130,6 +137,9 @@ def resolve(op: str, device: str, backend: str = "", features: tuple[str, ...] =
     An explicit choice (``backend``, ``use_backend``, ``NLHF_BACKEND``, in that priority) runs or
     raises ``ValueError`` with its reason; it never falls back.
     """
+    if not isinstance(backend, str):
+        kind = type(backend).__name__
+        raise ValueError(f"{op}: backend must be a word, one of {', '.join(BACKENDS)}, got {kind}")
     explicit = backend or _forced or os.environ.get("NLHF_BACKEND", "")
     if explicit:
         if why := reason(op, explicit, device, features):
@@ -153,13 +163,60 @@ def has(raw_op: str, backend: str) -> bool:
     return backend in _PATHS[raw_op]
 
 
-@functools.cache
 def load(raw_op: str, backend: str):
-    """Import and return the function of a backend. A broken backend raises here."""
+    """The function of a backend, for a call of it, which counts. A broken backend raises here."""
+    function, key = _imported(raw_op, backend)
+    # no lock, which a fork could leave locked: within this line CPython switches no threads
+    _calls[key] += 1
+    return function
+
+
+def count(name: str, backend: str) -> None:
+    """One call more. Not to be traced: torch.compile would start again for every number."""
+    _calls[name, backend] += 1
+
+
+def calls() -> dict[tuple[str, str], int]:
+    """What ran in this process since ``reset_calls``: (op, backend) -> number of calls.
+
+    An op is counted under its public name and its backward as ``<op>_bwd``, where a backend's
+    function is called, not where it was chosen: what is missing here did not run. So are the parts
+    of an op: ``pairwise_pg_loss`` on "cpp" is also a call of ``token_logprobs``, or of
+    ``token_kl``, and one of ``pairwise_pg_coef``; a ``linear_`` op calls its parts for every chunk,
+    or ``mixture_sample`` where it has no kernel for a draw. "eager" has no parts and no backward:
+    that is autograd's.
+
+    Not seen: what a CUDA graph replays (its capture counts once). And inside of torch.compile and
+    torch.export "eager", but for ``mixture_sample`` and ``ema_update_``, and
+    ``linear_mixture_sample`` where it is a product and ``mixture_sample``. What gradient
+    checkpointing does again is a call again.
+    """
+    return {key: _calls[key] for key in sorted(_calls)}
+
+
+def reset_calls() -> None:
+    """Count from 0 again."""
+    _calls.clear()
+
+
+def calls_table(calls: dict[tuple[str, str], int]) -> str:
+    """What ``calls`` gave, or the difference of two of them, as lines of op, backend and number."""
+    rows = [("op", "backend", "calls")]
+    rows += [(op, backend, str(n)) for (op, backend), n in sorted(calls.items()) if n]
+    if len(rows) == 1:
+        return "no op ran"
+    width = max(len(n) for *_, n in rows)
+    return "\n".join(f"{op:28} {backend:8} {n:>{width}}" for op, backend, n in rows)
+
+
+@functools.cache
+def _imported(raw_op: str, backend: str) -> tuple[Callable, tuple[str, str]]:
+    """The function, and what it counts as."""
     # torch comes first on purpose: it and the extension then share one OpenMP runtime
     assert torch.__version__
     module, name = _PATHS[raw_op][backend].split(":")
-    return getattr(importlib.import_module(module), name)
+    # "_fwd" goes without saying
+    return getattr(importlib.import_module(module), name), (raw_op.removesuffix("_fwd"), backend)
 
 
 def _set_forced(name: str) -> str:
@@ -172,8 +229,9 @@ def _set_forced(name: str) -> str:
 @contextlib.contextmanager
 def use_backend(name: str):
     """Within the ``with``, every op runs on this backend or raises; "" chooses automatically."""
-    if name and name not in BACKENDS:
-        raise ValueError(f"use_backend: {name!r} is unknown: choose one of {', '.join(BACKENDS)}")
+    if not isinstance(name, str) or (name and name not in BACKENDS):
+        got = repr(name) if isinstance(name, str) else type(name).__name__
+        raise ValueError(f"use_backend: {got} is unknown: choose one of {', '.join(BACKENDS)}")
     before = _set_forced(name)
     try:
         yield

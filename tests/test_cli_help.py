@@ -154,3 +154,5 @@ def test_info_needs_nothing_and_says_what_runs(capsys):
     for op in registry.OPS:
         assert re.search(rf"^{op} +eager +cpu +yes$", text, flags=re.M), op
         assert f"{op} on cpu uses " in text
+        # and one call of each did run there
+        assert re.search(rf"^{op} +{registry.resolve(op, 'cpu')} +\d+$", text, flags=re.M), op

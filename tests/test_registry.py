@@ -124,10 +124,10 @@ def test_a_broken_kernel_raises(plant):
 
 def test_a_broken_backend_module_raises(monkeypatch):
     monkeypatch.setitem(registry._PATHS["mixture_sample_fwd"], "cpp", "nlhf_kernels.nowhere:f")
-    registry.load.cache_clear()
+    registry._imported.cache_clear()
     with pytest.raises(ModuleNotFoundError, match="nowhere"):
         draw()
-    registry.load.cache_clear()
+    registry._imported.cache_clear()
 
 
 def test_importing_the_package_imports_no_triton_and_no_extension():
@@ -147,6 +147,17 @@ def test_table_of_the_command():
         assert "TRITON_INTERPRET" in rows["triton"]
         assert "no cuda implementation" in rows["cuda"]
         assert f"{op} on cpu uses cpp" in done.stdout
+    ran = done.stdout.partition("what ran on cpu")[2].splitlines()[2:]
+    counts = {tuple(line.split()[:2]): int(line.split()[2]) for line in ran}
+    assert {backend for _, backend in counts} == {"cpp"}
+    assert {op for op, _ in counts} >= {*registry.OPS, *registry.LAYERS, *registry.UPDATES}
+
+
+def test_the_table_of_what_ran_follows_the_choice():
+    done = python("-m", "nlhf_kernels", NLHF_BACKEND="eager")
+    ran = [line.split() for line in done.stdout.partition("what ran on cpu")[2].splitlines()[2:]]
+    assert {op for op, *_ in ran} == {*registry.OPS, *registry.LAYERS, *registry.UPDATES}
+    assert {(backend, n) for _, backend, n in ran} == {("eager", "1")}
 
 
 def test_a_forced_backend_that_cannot_run_does_not_break_the_table():

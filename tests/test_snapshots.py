@@ -120,9 +120,7 @@ def test_if_none_can_be_used_the_run_says_so_and_touches_none(copied):
         train.run(chosen, resume=True)
     assert snapshots.complete(output / "checkpoints") == both
     shutil.rmtree(both[0])
-    with pytest.raises(
-        ValueError, match=r"there is no other: delete .* to start again"
-    ):
+    with pytest.raises(ValueError, match=r"there is no other: delete .* to start again"):
         train.run(chosen, resume=True)
     # the advice in the message works
     shutil.rmtree(output / "checkpoints")

@@ -5,6 +5,7 @@ the checks come before the choice.
 import math
 import re
 
+import numpy
 import pytest
 import torch
 
@@ -337,6 +338,122 @@ def test_rows_that_share_memory_cannot_hold_gradients(name, target):
     function(**given, backend=target.backend)
     with pytest.raises(ValueError, match=f"{name}: inplace_backward needs"):
         function(**given, backend=target.backend, inplace_backward=True)
+
+
+NESTED = torch.nested.nested_tensor([torch.zeros(T, V)] * B, layout=torch.jagged)
+HUGE = 10**5000
+PAIR = ("logprobs", "other_logprobs", "anchor_logprobs", "other_anchor_logprobs")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("token_logprobs", {"logits": torch.zeros(B, T, V).to_sparse()}),
+        ("token_logprobs", {"logits": NESTED}),
+        ("token_logprobs", {"tokens": torch.zeros(B, T).long().to_sparse()}),
+        ("token_logprobs", {"temperature": HUGE}),
+        ("token_logprobs", {"backend": torch.zeros(2)}),
+        ("token_kl", {"inplace_backward": torch.zeros(2)}),
+        ("linear_token_kl", {"memory_budget": 100.5}),
+        ("linear_token_kl", {"group": 0.5}),
+        ("mixture_sample", {"seed": HUGE}),
+        ("mixture_sample", {"check": torch.zeros(2)}),
+        ("mixture_sample", {"extrapolate": "no"}),
+        ("mixture_sample", {"group": 0.5}),
+        ("mixture_sample", {"ref_logits": None, "mixture_coef": numpy.zeros(2)}),
+        ("linear_mixture_sample", {"group": 0.5, "backend": "eager"}),
+        ("pairwise_pg_loss", {"kl": torch.zeros(2)}),
+        ("pairwise_pg_loss", {"tau": torch.zeros(2, 3)}),
+        ("pair_loss", {"method": torch.zeros(2)}),
+        ("pair_loss", {"weights": torch.zeros(2, 3), "method": "mnpo", "tau": None, "eta": 1.0}),
+        ("pair_loss", {"eta": torch.zeros(2, 3)}),
+        ("pair_loss", {"anchor_logprobs": torch.zeros(B).to_sparse()}),
+        ("ema_update_", {"ema": None}),
+        ("ema_update_", {"params": numpy.array(0.5)}),
+        ("ema_update_", {"ema": [torch.zeros(3).to_sparse()]}),
+        ("ema_update_", {"seed": 0.5}),
+        ("skinny_linear", {"input": None}),
+        ("skinny_linear", {"weight": 0.5}),
+        ("fold_in", {"seed": "0"}),
+        ("fold_in", {"seed": 2**63}),
+        ("fold_in", {"k": 0.5}),
+        ("fold_in", {"k": torch.zeros(3)}),
+        ("fold_in", {"k": torch.zeros(4, dtype=torch.int64)}),
+    ],
+    ids=lambda x: x if isinstance(x, str) else next(iter(x)),
+)
+def test_what_torch_or_python_would_have_refused_is_named(name, wrong):
+    """By errors of other kinds, or in the words of another library."""
+    others = {
+        "fold_in": {"seed": torch.zeros(3, dtype=torch.int64), "k": 1},
+        "ema_update_": {"ema": [torch.zeros(3)], "params": [torch.zeros(3)], "decay": 0.5},
+        "skinny_linear": {"input": torch.zeros(B, D), "weight": torch.zeros(V, D)},
+        "pair_loss": dict.fromkeys(("preference", *PAIR), torch.zeros(B))
+        | {"method": "online_ipo", "tau": 0.1},
+    }
+    given = others.get(name) or right(name)
+    getattr(nk, name)(**given)
+    with pytest.raises(ValueError, match=rf"^{name}: ") as error:
+        getattr(nk, name)(**given | wrong)
+    said = str(error.value)
+    assert re.search("|".join(wrong), said), said
+    assert "\n" not in said
+    assert len(said) < 300
+
+
+def test_gradients_are_not_written_over_rows_that_overlap():
+    given = right("token_logprobs")
+    # each row starts where the second number of the one before it stands
+    given["logits"] = torch.zeros(20).as_strided((B, T, V), (3, 1, 1))
+    nk.token_logprobs(**given)
+    with pytest.raises(
+        ValueError, match="token_logprobs: inplace_backward needs logits whose rows"
+    ):
+        nk.token_logprobs(**given, inplace_backward=True)
+
+
+def test_overlapping_rows_of_a_narrower_reference_are_read_in_their_order(target):
+    """Beside float64 it is widened, into memory of its own."""
+    given = right("pairwise_pg_loss") | {"ref_logprobs": None}
+    rows = torch.randn(20, dtype=torch.float16).to(target.device)
+    refs = rows.as_strided((B, T, V), (1, 1, 1))
+    given = {k: x.to(target.device) if torch.is_tensor(x) else x for k, x in given.items()}
+    given |= {"logits": given["logits"].double(), "backend": target.backend}
+    found, want = (
+        nk.pairwise_pg_loss(**given | {"ref_logits": x}).ref_logprobs
+        for x in (refs, refs.double().contiguous())
+    )
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-12)
+
+
+def test_a_view_of_a_conjugate_is_read_as_what_it_says(target):
+    """In memory stands the opposite of its numbers: ``.imag`` makes such views."""
+    logits = torch.randn(B, V, device=target.device)
+    view = torch._neg_view(-logits)
+    assert view.is_neg()
+    for refs in (None, view):
+        settings = {"seed": 0, "position": 0, "backend": target.backend}
+        settings |= {} if refs is None else {"mixture_coef": 0.5}
+        plain = logits if refs is not None else None
+        found = nk.mixture_sample(view, refs, **settings)
+        for x, y in zip(found, nk.mixture_sample(logits, plain, **settings), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_an_exact_kl_does_not_see_what_the_policy_never_says(target):
+    """Its probability is 0 by underflow, the reference's by a ban."""
+    logits = torch.tensor([[0.0, -2000.0, 1.0]], device=target.device)
+    refs = torch.tensor([[0.0, -math.inf, 1.0]], device=target.device)
+    tokens = torch.zeros(1, dtype=torch.int64, device=target.device)
+    kl = nk.token_kl(logits, refs, tokens, backend=target.backend).kl
+    assert kl.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpp"])
+def test_cold_scores_do_not_overflow(backend):
+    logits, tokens = torch.tensor([[-3e38, -3e38]]), torch.zeros(1, dtype=torch.int64)
+    found = nk.token_logprobs(logits, tokens, temperature=0.01, backend=backend)
+    assert found.logprobs.item() == pytest.approx(-math.log(2))
 
 
 def test_positional_settings_are_refused():

@@ -52,9 +52,10 @@ Mixture<S> Mixture<S>::of(bool has_ref, S coef, S temperature, bool wants_max) {
 template <>
 const TileKernels<float>& tile_kernels<float>() {
 #if defined(NLHF_X86_REGIONS)
-  if (tile_level() == TileLevel::avx512) return avx512::Dispatch<avx512::Lanes>::kernels;
-  if (tile_level() == TileLevel::avx2) return avx2::Dispatch<avx2::Lanes>::kernels;
+  if (runs_at(TileLevel::avx512)) return avx512::Dispatch<avx512::Lanes>::kernels;
+  if (runs_at(TileLevel::avx2)) return avx2::Dispatch<avx2::Lanes>::kernels;
 #endif
+  runs_at(TileLevel::plain);
   return plain::Dispatch<PlainLanes<float>>::kernels;
 }
 

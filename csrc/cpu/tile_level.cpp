@@ -1,5 +1,6 @@
 #include "cpu/tile_level.h"
 
+#include <atomic>
 #include <stdexcept>
 
 #include "common/simd.h"
@@ -30,9 +31,22 @@ TileLevel& chosen() {
   return level;
 }
 
+std::atomic<bool>& has_run(TileLevel level) {
+  static std::atomic<bool> flags[3];
+  return flags[static_cast<int>(level)];
+}
+
 }  // namespace
 
 TileLevel tile_level() { return chosen(); }
+
+bool runs_at(TileLevel level) {
+  if (level != chosen()) return false;
+  // a flag, and written once: a count would be a cache line that all threads write to at every tile
+  std::atomic<bool>& flag = has_run(level);
+  if (!flag.load(std::memory_order_relaxed)) flag.store(true, std::memory_order_relaxed);
+  return true;
+}
 
 std::vector<std::string> tile_levels() {
   std::vector<std::string> names;
@@ -47,6 +61,13 @@ void use_tile_level(const std::string& name) {
     return;
   }
   throw std::invalid_argument("use_tile_level: this machine has no level \"" + name + "\"");
+}
+
+std::vector<std::string> take_tile_levels_run() {
+  std::vector<std::string> names;
+  for (const Named& level : levels())
+    if (has_run(level.level).exchange(false)) names.push_back(level.name);
+  return names;
 }
 
 }  // namespace nlhf

@@ -36,9 +36,10 @@ namespace avx2 {
 template <>
 const TokenKernels<float>& token_kernels<float>() {
 #if defined(NLHF_X86_REGIONS)
-  if (tile_level() == TileLevel::avx512) return avx512::TokenTile<avx512::Lanes>::kernels;
-  if (tile_level() == TileLevel::avx2) return avx2::TokenTile<avx2::Lanes>::kernels;
+  if (runs_at(TileLevel::avx512)) return avx512::TokenTile<avx512::Lanes>::kernels;
+  if (runs_at(TileLevel::avx2)) return avx2::TokenTile<avx2::Lanes>::kernels;
 #endif
+  runs_at(TileLevel::plain);
   return plain::TokenTile<PlainLanes<float>>::kernels;
 }
 

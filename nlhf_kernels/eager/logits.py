@@ -18,7 +18,12 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
 
 
 def scores(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
-    return capped(logits.to(statistics_dtype(logits)), softcap) / temperature
+    """Up to a constant of each row, which a softmax does not see."""
+    logits = capped(logits.to(statistics_dtype(logits)), softcap)
+    if temperature < 1:
+        # what is large must not become infinite
+        logits = logits - logits.detach().amax(-1, keepdim=True)
+    return logits / temperature
 
 
 def linear_logits(

@@ -67,7 +67,7 @@ def token_kl(
     refs = whole_vocabulary(ref_logits, group).detach().to(dtype)
     refs = log_softmax(refs, keep, *settings)
     # cut where p = 0 before anything is made of it: 0 * inf would poison the gradient as well
-    never = logs == -torch.inf
+    never = logs.exp() == 0
     ratio = torch.where(never, 0, logs) - torch.where(never, 0, refs)
     return TokenKL(
         at_tokens(logs, tokens, keep),

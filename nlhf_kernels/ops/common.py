@@ -5,11 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nlhf_kernels import registry
+from nlhf_kernels import eager, registry
 
 LIBRARY = torch.library.Library("nlhf", "DEF")
 LARGEST = torch.finfo(torch.float32).max
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# characters of a word, or bits of a number, that a message repeats
+_LONGEST = 80
 NUMBERS = (int, float, torch.SymFloat, torch.SymInt)
 # seen at a glance to be no DTensor
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -67,6 +69,13 @@ def call(raw_op: str, body: Callable, part, *arguments):
     return body(*arguments, part=part)
 
 
+def run_eager(op: str, *arguments, **settings):
+    """``eager``'s function, which counts as a call where nobody traces it."""
+    if not torch.compiler.is_compiling():
+        registry.count(op, "eager")
+    return getattr(eager, op)(*arguments, **settings)
+
+
 def plain(x: Tensor) -> torch.autocast:
     """Within it autocast does not round what is multiplied."""
     return torch.autocast(x.device.type, enabled=False)
@@ -85,9 +94,29 @@ def require(condition: bool, op: str, message: str) -> None:
 
 
 def describe(x: object) -> str:
-    if not isinstance(x, Tensor):
-        return repr(x) if isinstance(x, int | float | str | None) else type(x).__name__
-    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)} on {x.device}"
+    """On one line, and short, whatever it is."""
+    if isinstance(x, Tensor):
+        kind = str(x.dtype).removeprefix("torch.")
+        if x.is_nested:
+            return f"a nested {kind} tensor"
+        layout = "" if x.layout == torch.strided else f", {x.layout}"
+        return f"{kind} {tuple(x.shape)} on {x.device}{layout}"
+    if isinstance(x, str):
+        return repr(x if len(x) <= _LONGEST else x[:_LONGEST] + "...")
+    if isinstance(x, int) and x.bit_length() > _LONGEST:
+        # Python refuses to write thousands of digits
+        return f"an integer of {x.bit_length()} bits"
+    return repr(x) if isinstance(x, int | float | None) else type(x).__name__
+
+
+def is_dense(x: Tensor) -> bool:
+    """Neither sparse nor nested, whose memory is no array."""
+    return x.layout == torch.strided and not x.is_nested
+
+
+def check_flag(op: str, name: str, x: object) -> None:
+    if not isinstance(x, bool):
+        raise ValueError(f"{op}: {name} must be True or False, got {describe(x)}")
 
 
 def check_local(op: str, name: str, x: object) -> None:
@@ -105,7 +134,13 @@ def check_logits(op: str, name: str, logits: Tensor, dims: tuple[int, ...]) -> N
         check_local(op, name, logits)
     # what is usual is seen at a glance: a decode step asks for every token
     usual = isinstance(logits, Tensor) and logits.dim() in dims and logits.dtype in FLOATS
-    if usual and logits.stride(-1) == 1 and logits.shape[-1] and not logits.is_meta:
+    if (
+        usual
+        and is_dense(logits)
+        and logits.stride(-1) == 1
+        and logits.shape[-1]
+        and not logits.is_meta
+    ):
         return
     shapes = " or ".join({2: "(N, V)", 3: "(B, T, V)"}[d] for d in dims)
     check_matrix(op, name, logits, dims, shapes, "vocabulary")
@@ -118,7 +153,8 @@ def check_matrix(
     if type(x) not in PLAIN:
         check_local(op, name, x)
     # what is wrong is put into words only then: a decode step checks every token
-    if not isinstance(x, Tensor) or x.dtype not in FLOATS or x.dim() not in dims:
+    real = isinstance(x, Tensor) and x.dtype in FLOATS and is_dense(x)
+    if not real or x.dim() not in dims:
         wanted = f"float16, bfloat16, float32 or float64 {shapes}"
         raise ValueError(f"{op}: {name} must be {wanted}, got {describe(x)}")
     if x.shape[-1] == 0:
@@ -147,8 +183,8 @@ def check_tensor(
 ) -> None:
     if type(x) not in PLAIN:
         check_local(op, name, x)
-    fits = isinstance(x, Tensor) and x.shape == shape and x.dtype in dtypes and x.device == device
-    if not fits:
+    fits = isinstance(x, Tensor) and is_dense(x) and x.shape == shape
+    if not fits or x.dtype not in dtypes or x.device != device:
         kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         wanted = f"{kinds} {tuple(shape)} on {device}"
         raise ValueError(f"{op}: {name} must be {wanted}, got {describe(x)}")
@@ -161,6 +197,13 @@ def check_number(op: str, name: str, x: object, low: float, high: float, wanted:
     if not (number and low <= x <= high):
         # written only here: torch.compile cannot format a symbol
         raise ValueError(f"{op}: {name} must be {wanted}, got {describe(x)}")
+
+
+def check_whole(op: str, name: str, x: object, low: int, high: int, wanted: str) -> None:
+    """As ``check_number``, of an integer."""
+    if isinstance(x, float | torch.SymFloat):
+        raise ValueError(f"{op}: {name} must be {wanted}, got {describe(x)}")
+    check_number(op, name, x, low, high, wanted)
 
 
 def check_scaling(op: str, temperature: float, softcap: float | None) -> None:
@@ -176,12 +219,21 @@ def check_softcap(op: str, softcap: float | None) -> None:
 
 def wants_inplace(op: str, logits: Tensor, inplace_backward: bool) -> bool:
     """Rows that share their memory, as ``expand`` makes them, cannot hold their own gradients."""
+    check_flag(op, "inplace_backward", inplace_backward)
     if not inplace_backward or torch.compiler.is_compiling():
         return False
-    shared = any(k == 0 and n > 1 for n, k in zip(logits.shape, logits.stride(), strict=True))
-    require(
-        not shared, op, "inplace_backward needs logits whose rows do not share memory: clone them"
-    )
+    # as .imag of a conjugate is: in memory stands the opposite
+    stored = not logits.is_neg()
+    require(stored, op, "inplace_backward needs logits that are no negated view: clone them")
+    end = 1
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1:
+            require(
+                stride >= end,
+                op,
+                "inplace_backward needs logits whose rows do not share memory: clone them",
+            )
+            end += stride * (size - 1)
     return True
 
 

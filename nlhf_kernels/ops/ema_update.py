@@ -1,7 +1,7 @@
 """Contract of ``ema_update_``."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, ValuesView
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def _update(ema, params, decay, decay_tensor, seed, seed_tensor, backend):
     if backend == "eager":
         decay = decay if decay_tensor is None else decay_tensor
         seed = seed if seed_tensor is None else seed_tensor
-        return eager.ema_update_(ema, params, decay=decay, seed=seed)
+        return common.run_eager(OP, ema, params, decay=decay, seed=seed)
     numbers = (decay, decay_tensor, seed, seed_tensor)
     registry.load(f"{OP}_fwd", backend)(ema, params, *numbers)
     # the schema's Tensor(a!)[] alone does not bump them; those of inference mode have no version
@@ -37,9 +37,10 @@ common.define(
 
 def _check_lists(ema, params) -> tuple[list[Tensor], list[Tensor]]:
     for name, xs in (("ema", ema), ("params", params)):
-        if isinstance(xs, Tensor):
+        # lists, as always inside of torch.compile, which knows no abstract classes
+        if not isinstance(xs, list) and not isinstance(xs, (Sequence, Iterator, ValuesView)):
             got = common.describe(xs)
-            raise ValueError(f"{OP}: {name} must be a sequence of tensors, got one: {got}")
+            raise ValueError(f"{OP}: {name} must be a sequence of tensors, got one thing: {got}")
     ema, params = list(ema), list(params)
     if len(ema) != len(params):
         counts = f"{len(ema)} and {len(params)}"
@@ -51,12 +52,15 @@ def _check_lists(ema, params) -> tuple[list[Tensor], list[Tensor]]:
         for name, y in ((f"ema[{k}]", x), (f"params[{k}]", p)):
             common.check_local(OP, name, y)
             real = isinstance(y, Tensor) and y.dtype in common.FLOATS and not y.is_meta
-            if not real or y.layout != torch.strided:
+            if not real or not common.is_dense(y):
                 wanted = "a real float16, bfloat16, float32 or float64 tensor"
                 raise ValueError(f"{OP}: {name} must be {wanted}, got {common.describe(y)}")
             device = device or y.device
             if y.device != device:
                 raise ValueError(f"{OP}: {name} must be on {device}, got {common.describe(y)}")
+        if not torch.compiler.is_compiling() and x.is_neg():
+            got = "a negated view, as .imag of a conjugate is"
+            raise ValueError(f"{OP}: ema[{k}] must hold its numbers in memory, got {got}")
         if x.shape != p.shape:
             wanted = f"{tuple(x.shape)} like ema[{k}]"
             raise ValueError(f"{OP}: params[{k}] must be {wanted}, got {common.describe(p)}")
@@ -70,7 +74,8 @@ def _usual(ema: list, params: list) -> bool:
     tensors = ema + params
     return (
         {type(x) for x in tensors} <= {*common.PLAIN}
-        and {x.layout for x in tensors} == {torch.strided}
+        and all(map(common.is_dense, tensors))
+        and not any(map(Tensor.is_neg, ema))
         and {x.dtype for x in tensors} <= DTYPES
         and len(devices := {x.device for x in tensors}) == 1
         and torch.device("meta") not in devices
@@ -133,7 +138,7 @@ def _shared(spans: tuple[tuple[int, int], ...]) -> str:
 
 
 def _check_scalar(name: str, x: Tensor, dtypes: tuple, device: torch.device) -> None:
-    fits = x.shape == () and x.dtype in dtypes and x.device == device
+    fits = common.is_dense(x) and x.shape == () and x.dtype in dtypes and x.device == device
     if not fits:
         kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         wanted = f"a number or {kinds} () on {device}"
@@ -151,10 +156,7 @@ def _check_settings(decay, seed, device: torch.device) -> None:
     if isinstance(seed, Tensor):
         _check_scalar("seed", seed, (torch.int64,), device)
     elif seed is not None:
-        whole = isinstance(seed, int | torch.SymInt) and not isinstance(seed, bool)
-        if not (whole and -LONG - 1 <= seed <= LONG):
-            got = common.describe(seed)
-            raise ValueError(f"{OP}: seed must be a 64-bit integer or None, got {got}")
+        common.check_whole(OP, "seed", seed, -LONG - 1, LONG, "a 64-bit integer or None")
 
 
 def ema_update_(
@@ -177,7 +179,7 @@ def ema_update_(
         return
     # a compiler takes minutes for the rounds of Philox: it gets eager as one operation
     if backend == "eager" and not torch.compiler.is_compiling():
-        return eager.ema_update_(ema, params, decay=decay, seed=seed)
+        return common.run_eager(OP, ema, params, decay=decay, seed=seed)
     numbers = (0.0, decay) if isinstance(decay, Tensor) else (float(decay), None)
     seeds = (0, seed) if isinstance(seed, Tensor) else (seed, None)
     with torch.no_grad():

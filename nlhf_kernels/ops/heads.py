@@ -273,5 +273,5 @@ def check_chunks(op: str, logit_scale: float, memory_budget: int | None) -> None
     high = common.LARGEST
     common.check_number(op, "logit_scale", logit_scale, -high, high, "a finite number")
     if memory_budget is not None:
-        wanted = "a number of bytes, at least 1, or None"
-        common.check_number(op, "memory_budget", memory_budget, 1, 2**63 - 1, wanted)
+        wanted = "a whole number of bytes, at least 1, or None"
+        common.check_whole(op, "memory_budget", memory_budget, 1, 2**63 - 1, wanted)

@@ -147,8 +147,8 @@ def linear_mixture_sample(
         "seed": seed,
         "position": position,
     }
-    check = check and not torch.compiler.is_compiling()
-    sampling.check_parameters(OP, values, policy_hidden, extrapolate, look=check)
+    check = sampling.check_parameters(OP, values, policy_hidden, extrapolate, check)
+    vocabulary.check_group(OP, group)
     features = sampling.features(values)
     backend = common.resolve(OP, policy_hidden, backend, features)
 
@@ -161,8 +161,8 @@ def linear_mixture_sample(
     fused = registry.has(f"{OP}_fwd", backend) and not features and dtype == torch.float32
     few = B * (1 + shared) <= FUSED_ROWS.get(policy_hidden.device.type, FUSED_ROWS["cuda"])
     if backend == "eager" and not torch.compiler.is_compiling():
-        result = eager.linear_mixture_sample(
-            policy_hidden, policy_weight, ref_hidden, ref_weight,
+        result = common.run_eager(
+            OP, policy_hidden, policy_weight, ref_hidden, ref_weight,
             policy_bias=policy_bias, ref_bias=ref_bias, softcap=softcap, group=group, **values,
         )  # fmt: skip
     elif fused and few and group is None:
@@ -174,9 +174,11 @@ def linear_mixture_sample(
         )
         result = MixtureSample(*outputs)
     else:
+        if not torch.compiler.is_compiling():
+            registry.count(OP, backend)
         logits = _logits(*models, shared, softcap, dtype)
         if group is not None:
-            logits = (None if x is None else vocabulary.gathered(OP, x, group) for x in logits)
+            logits = (None if x is None else vocabulary.gathered(x, group) for x in logits)
         result = sampling.draw(*logits, values, backend)
     if check:
         sampling.check_rows(OP, result)

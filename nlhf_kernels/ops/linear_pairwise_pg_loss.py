@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from nlhf_kernels import eager
+from nlhf_kernels import eager, registry
 from nlhf_kernels.eager import PairwisePGLoss
 from nlhf_kernels.ops import common, heads, pg, vocabulary
 
@@ -100,6 +100,7 @@ def _forward(
     supplied, cu_seqlens, kl, tau, baseline, logit_scale, temperature, softcap, budget, to_hidden,
     to_weight, to_bias, backend, part=None,
 ):  # fmt: skip
+    registry.count(OP, backend)
     exact = kl == "exact"
     dtype = eager.statistics_dtype(hidden, ref_hidden if exact else None)
     wanted = to_hidden, to_weight, to_bias
@@ -241,7 +242,8 @@ def linear_pairwise_pg_loss(
     part = vocabulary.part_of(OP, group, weight, 0)
     common.check_token_ids(OP, tokens, mask, part.V if part else len(weight))
     if backend == "eager":
-        return eager.linear_pairwise_pg_loss(
+        return common.run_eager(
+            OP,
             hidden,
             weight,
             tokens,

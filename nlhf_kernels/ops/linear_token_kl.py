@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from nlhf_kernels import eager
+from nlhf_kernels import eager, registry
 from nlhf_kernels.eager import TokenKL
 from nlhf_kernels.ops import common, heads, vocabulary
 
@@ -25,6 +25,7 @@ def _forward(
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias, tokens, mask, logit_scale,
     temperature, softcap, budget, backend, part=None,
 ):  # fmt: skip
+    registry.count(OP, backend)
     head, ref_head, chunks = _two_heads(
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, logit_scale, (False,) * 3, mask,
         budget, part, backend,
@@ -50,6 +51,7 @@ def _backward(
     kl, grad_logprobs, grad_entropy, grad_kl, logit_scale, temperature, softcap, budget,
     to_hidden, to_weight, to_bias, backend, part=None,
 ):  # fmt: skip
+    registry.count(f"{OP}_bwd", backend)
     head, ref_head, chunks = _two_heads(
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, logit_scale,
         (to_hidden, to_weight, to_bias), mask, budget, part, backend,
@@ -147,7 +149,8 @@ def linear_token_kl(
     common.check_token_ids(OP, tokens, mask, part.V if part else len(weight))
     ref = heads.reference(weight, bias, ref_hidden, ref_weight, ref_bias)
     if backend == "eager":
-        return eager.linear_token_kl(
+        return common.run_eager(
+            OP,
             hidden,
             weight,
             ref[0],

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from nlhf_kernels import eager
+from nlhf_kernels import eager, registry
 from nlhf_kernels.eager import TokenLogprobs
 from nlhf_kernels.ops import common, heads, vocabulary
 
@@ -15,6 +15,7 @@ def _forward(
     hidden, weight, bias, tokens, mask, logit_scale, temperature, softcap, budget, backend,
     part=None,
 ):  # fmt: skip
+    registry.count(OP, backend)
     dtype = eager.statistics_dtype(hidden)
     head = heads.Head(hidden, weight, bias, logit_scale, dtype)
     chunks = heads.Chunks(head, mask, budget, 1, part, backend)
@@ -38,6 +39,7 @@ def _backward(
     hidden, weight, bias, tokens, mask, lse, entropy, grad_logprobs, grad_entropy, logit_scale,
     temperature, softcap, budget, to_hidden, to_weight, to_bias, backend, part=None,
 ):  # fmt: skip
+    registry.count(f"{OP}_bwd", backend)
     wanted = to_hidden, to_weight, to_bias
     head = heads.Head(hidden, weight, bias, logit_scale, lse.dtype, wanted)
     chunks = heads.Chunks(head, mask, budget, 1, part, backend)
@@ -121,7 +123,8 @@ def linear_token_logprobs(
     part = vocabulary.part_of(OP, group, weight, 0)
     common.check_token_ids(OP, tokens, mask, part.V if part else len(weight))
     if backend == "eager":
-        return eager.linear_token_logprobs(
+        return common.run_eager(
+            OP,
             hidden,
             weight,
             tokens,

@@ -1,6 +1,5 @@
 """Contract of ``mixture_sample``."""
 
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -24,7 +23,7 @@ def _fake(policy_logits, ref_logits, *_):
 def _eager_body(policy_logits, ref_logits, *arguments):
     pairs = zip(sampling.PARAMETERS, arguments[::2], arguments[1::2], strict=True)
     values = {name: scalar if rows is None else rows for name, scalar, rows in pairs}
-    return tuple(eager.mixture_sample(policy_logits, ref_logits, **values))
+    return tuple(common.run_eager(OP, policy_logits, ref_logits, **values))
 
 
 _TAKES = f"Tensor policy_logits, Tensor? ref_logits, {sampling.schema(sampling.PARAMETERS)}"
@@ -66,12 +65,12 @@ def mixture_sample(
         "seed": seed,
         "position": position,
     }
-    check = check and not torch.compiler.is_compiling()
-    sampling.check_parameters(OP, values, policy_logits, extrapolate, look=check)
+    check = sampling.check_parameters(OP, values, policy_logits, extrapolate, check)
+    vocabulary.check_group(OP, group)
     backend = common.resolve(OP, policy_logits, backend, sampling.features(values))
     if group is not None:
-        policy_logits = vocabulary.gathered(OP, policy_logits, group)
-        ref_logits = None if ref_logits is None else vocabulary.gathered(OP, ref_logits, group)
+        policy_logits = vocabulary.gathered(policy_logits, group)
+        ref_logits = None if ref_logits is None else vocabulary.gathered(ref_logits, group)
     result = sampling.draw(policy_logits, ref_logits, values, backend)
     if check:
         sampling.check_rows(OP, result)

@@ -52,7 +52,7 @@ class _PairLoss(torch.autograd.Function):
 def _check_method(method, tau, eta, weights, count: int) -> None:
     if not isinstance(method, str) or method not in PAIR_METHODS:
         known = ", ".join(PAIR_METHODS)
-        raise ValueError(f"{OP}: method must be one of {known}, got {method!r}")
+        raise ValueError(f"{OP}: method must be one of {known}, got {common.describe(method)}")
     entry = PAIR_METHODS[method]
     for name, x in (("tau", tau), ("eta", eta)):
         if name in entry.parameters:
@@ -60,7 +60,8 @@ def _check_method(method, tau, eta, weights, count: int) -> None:
             wanted = f"above 0 (1e-30) and finite for {method}"
             common.check_number(OP, name, x, 1e-30, common.LARGEST, wanted)
         elif x is not None:
-            raise ValueError(f"{OP}: {name} must be left out, since {method} has none, got {x!r}")
+            got = common.describe(x)
+            raise ValueError(f"{OP}: {name} must be left out, since {method} has none, got {got}")
     if "tau" in entry.parameters and "eta" in entry.parameters and tau > eta:
         raise ValueError(f"{OP}: tau must be at most eta for {method}, got tau above eta")
 
@@ -77,7 +78,7 @@ def _check_method(method, tau, eta, weights, count: int) -> None:
         raise ValueError(f"{OP}: weights must be left out, since {method} has its own")
     if not isinstance(weights, Sequence) or isinstance(weights, str) or len(weights) != count:
         wanted = f"{count} numbers, one per anchor"
-        raise ValueError(f"{OP}: weights must be {wanted}, got {weights!r}")
+        raise ValueError(f"{OP}: weights must be {wanted}, got {common.describe(weights)}")
     for j, weight in enumerate(weights):
         low, high = -common.LARGEST, common.LARGEST
         common.check_number(OP, f"weights[{j}]", weight, low, high, "finite")
@@ -108,16 +109,18 @@ def pair_loss(
     weights: Sequence[float] | None = None,
     backend: str = "",
 ) -> PairLoss:
-    if not isinstance(logprobs, Tensor) or logprobs.dim() != 1 or logprobs.is_meta:
+    real = isinstance(logprobs, Tensor) and common.is_dense(logprobs) and not logprobs.is_meta
+    if not real or logprobs.dim() != 1:
         wanted = "a real (B,) tensor of whole responses"
         raise ValueError(f"{OP}: logprobs must be {wanted}, got {common.describe(logprobs)}")
     shape, device = logprobs.shape, logprobs.device
     common.check_tensor(OP, "logprobs", logprobs, shape, common.FLOATS, device)
     common.check_tensor(OP, "other_logprobs", other_logprobs, shape, common.FLOATS, device)
-    flat = isinstance(anchor_logprobs, Tensor) and anchor_logprobs.dim() == 1
+    real = isinstance(anchor_logprobs, Tensor) and common.is_dense(anchor_logprobs)
+    flat = real and anchor_logprobs.dim() == 1
     count = 1
     if not flat:
-        if not isinstance(anchor_logprobs, Tensor) or anchor_logprobs.dim() != 2:
+        if not real or anchor_logprobs.dim() != 2:
             wanted = f"(J, {shape[0]}), or ({shape[0]},) for one"
             got = common.describe(anchor_logprobs)
             raise ValueError(f"{OP}: anchor_logprobs must be {wanted}, got {got}")
@@ -142,7 +145,7 @@ def pair_loss(
     tensors = (logprobs, other_logprobs, anchor_logprobs, other_anchor_logprobs, preference)
     if backend == "eager":
         settings = {"method": method, "tau": tau, "eta": eta, "weights": weights}
-        return eager.pair_loss(*tensors, other_preference, **settings)
+        return common.run_eager(OP, *tensors, other_preference, **settings)
     dtype = eager.statistics_dtype(*tensors, other_preference)
     # what is cast here has its gradient cast back
     y, y_other, *frozen = (x.to(dtype) for x in tensors)

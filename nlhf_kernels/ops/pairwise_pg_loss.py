@@ -15,6 +15,8 @@ OP = "pairwise_pg_loss"
 
 def _coef(*arguments):
     *arguments, backend = arguments
+    # what makes a loss of statistics: one call of the op
+    registry.count(OP, backend)
     return registry.load("pairwise_pg_coef_fwd", backend)(*arguments)
 
 
@@ -116,7 +118,8 @@ def pairwise_pg_loss(
     part = vocabulary.part_of(OP, group, logits)
     common.check_token_ids(OP, tokens, mask, part.V if part else logits.shape[-1])
     if backend == "eager":
-        return eager.pairwise_pg_loss(
+        return common.run_eager(
+            OP,
             common.WriteBack.apply(logits) if inplace else logits,
             tokens,
             mask,
@@ -140,8 +143,9 @@ def pairwise_pg_loss(
     if ref_logits is not None and not exact:
         ids = tokens if part is None else part.ids(tokens)
         if dtype == torch.float64:
-            # beside float64 a narrower reference counts as exact
-            ref_logits = ref_logits.to(dtype)
+            # beside float64 a narrower reference counts as exact; rows that overlap would be laid
+            # out in any order
+            ref_logits = ref_logits.to(dtype, memory_format=torch.contiguous_format)
         found = torch.ops.nlhf.token_logprobs_fwd(ref_logits, ids, mask, *settings)
         ref_logprobs = vocabulary.whole(part, tokens, mask, *found)[0]
     refs = pg.prepared(ref_logprobs, mask, dtype)

@@ -39,7 +39,7 @@ def prepared(x: Tensor | Sequence[Tensor] | None, mask: Tensor, dtype: torch.dty
         return None
     if isinstance(x, Sequence):
         return torch.stack([prepared(one, mask, dtype) for one in x])
-    return torch.where(mask, x.detach().to(dtype), 0)
+    return torch.where(mask, x.detach().to(dtype), 0).contiguous()
 
 
 def check(
@@ -83,7 +83,8 @@ def check(
         B = len(cu_seqlens) - 1
         _check_offsets(op, cu_seqlens, shape[0])
     common.check_tensor(op, "preference", preference, (B,), common.FLOATS, device)
-    common.require(kl in KL, op, f"kl must be one of {', '.join(KL)}, got {kl!r}")
+    known = isinstance(kl, str) and kl in KL
+    common.require(known, op, f"kl must be one of {', '.join(KL)}, got {common.describe(kl)}")
     high = common.LARGEST
     common.check_number(op, "baseline", baseline, -high, high, "a finite number")
     if policy_logprobs is not None:
@@ -99,7 +100,9 @@ def check(
         )
     anchored = ref_logprobs is not None or has_ref_rows
     common.require(
-        tau == 0 or anchored, op, f"tau must be 0 without ref_logprobs or {ref_name}, got {tau!r}"
+        tau == 0 or anchored,
+        op,
+        f"tau must be 0 without ref_logprobs or {ref_name}, got {common.describe(tau)}",
     )
 
 
@@ -110,11 +113,12 @@ def _check_anchors(op: str, shape: torch.Size, device: torch.device, tau, ref_lo
             common.check_tensor(op, "ref_logprobs", ref_logprobs, shape, common.FLOATS, device)
         return
     J = len(ref_logprobs)
+    wanted = f"a sequence of {J} numbers, one for each of ref_logprobs"
     common.require(J > 0, op, "ref_logprobs must hold an anchor at least, got none")
     common.require(
         isinstance(tau, Sequence) and len(tau) == J,
         op,
-        f"tau must be a sequence of {J} numbers, one for each of ref_logprobs, got {tau!r}",
+        f"tau must be {wanted}, got {common.describe(tau)}",
     )
     for j in range(J):
         common.check_number(op, f"tau[{j}]", tau[j], 0, common.LARGEST, "at least 0 and finite")

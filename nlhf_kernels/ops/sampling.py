@@ -60,16 +60,22 @@ def check_coefficient(op: str, mixture_coef, ref: Tensor | None, name: str) -> f
     if ref is not None:
         common.require(mixture_coef is not None, op, "mixture_coef must be given with " + name)
         return mixture_coef
-    none = mixture_coef is None or (not isinstance(mixture_coef, Tensor) and mixture_coef == 0)
-    common.require(none, op, "mixture_coef must be 0 or left out without " + name)
+    zero = isinstance(mixture_coef, common.NUMBERS) and mixture_coef == 0
+    common.require(
+        mixture_coef is None or zero, op, "mixture_coef must be 0 or left out without " + name
+    )
     return 0.0
 
 
-def check_parameters(op: str, values: dict, like: Tensor, extrapolate: bool, look: bool) -> None:
+def check_parameters(op: str, values: dict, like: Tensor, extrapolate: bool, check: bool) -> bool:
     """Scalars out of range raise, and tensors that are not (B,) beside ``like``, (B, ...).
 
-    ``look``: at every row of the tensors too, which waits for the device.
+    ``check``: look at every row of the tensors too, which waits for the device. Returns whether
+    that can be: nothing can be looked at while it is traced.
     """
+    common.check_flag(op, "extrapolate", extrapolate)
+    common.check_flag(op, "check", check)
+    look = check and not torch.compiler.is_compiling()
     for name, value in values.items():
         kind, low, high, _ = _LIMITS[name]
         # a decode step asks for every token
@@ -79,21 +85,21 @@ def check_parameters(op: str, values: dict, like: Tensor, extrapolate: bool, loo
             _check_scalar(op, name, value, extrapolate)
             continue
         dtypes = (torch.int64,) if kind is int else common.FLOATS
-        shape = like.shape[:1] if value.dim() else ()
+        shape = () if common.is_dense(value) and not value.dim() else like.shape[:1]
         common.check_tensor(op, name, value, shape, dtypes, like.device)
         for row, x in enumerate(value.reshape(-1).tolist() if look else ()):
             try:
                 _check_scalar(op, name, x, extrapolate)
             except ValueError as error:
                 raise ValueError(f"{error} in row {row}") from None
+    return look
 
 
 def _check_scalar(op: str, name: str, value: object, extrapolate: bool) -> None:
     limits = _EXTRAPOLATED if extrapolate and name == "mixture_coef" else _LIMITS[name]
     kind, low, high, wanted = limits
-    common.check_number(op, name, value, low, high, wanted)
-    if kind is int and isinstance(value, float | torch.SymFloat):
-        raise ValueError(f"{op}: {name} must be {wanted}, got {common.describe(value)}")
+    check = common.check_whole if kind is int else common.check_number
+    check(op, name, value, low, high, wanted)
 
 
 def check_rows(op: str, result: MixtureSample) -> None:
@@ -111,14 +117,15 @@ def features(values: dict) -> tuple[str, ...]:
     return () if off else ("filters",)
 
 
-def direct(x: Tensor) -> bool:
+def direct(*arguments) -> bool:
     """Whether a raw op's body may be called without the dispatcher, which takes longer than it.
 
-    Not if somebody traces, intercepts or profiles the calls of operators.
+    Not if somebody traces, intercepts or profiles the calls of operators, and not for tensors whose
+    memory is not their values: subclasses, and views of conjugates.
     """
     return (
-        type(x) is Tensor
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and all(type(x) is Tensor and not x.is_neg() for x in arguments if isinstance(x, Tensor))
         and not torch._C._len_torch_dispatch_stack()
         and not torch.autograd._profiler_enabled()
     )
@@ -129,10 +136,10 @@ def draw(
 ) -> MixtureSample:
     """``mixture_sample`` on a chosen backend, with parameters that have been checked."""
     if backend == "eager" and not torch.compiler.is_compiling():
-        return eager.mixture_sample(policy_logits, ref_logits, **values)
+        return common.run_eager("mixture_sample", policy_logits, ref_logits, **values)
     dtype = eager.statistics_dtype(policy_logits, ref_logits)
     parameters = arguments(values, PARAMETERS, policy_logits.shape[0], dtype)
-    if backend == "cpp" and direct(policy_logits):
+    if backend == "cpp" and direct(policy_logits, ref_logits, *parameters):
         forward = registry.load("mixture_sample_fwd", backend)
         return MixtureSample(*forward(policy_logits, ref_logits, *parameters))
     logits = (policy_logits.detach(), None if ref_logits is None else ref_logits.detach())

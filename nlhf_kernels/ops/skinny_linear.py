@@ -46,13 +46,17 @@ def skinny_linear(
     is the same to the bit whatever the other rows and however many threads; "eager" is torch's
     product. It is meant for fewer than 16 rows: from there on a general product is faster.
     """
-    if torch.is_grad_enabled():
-        wanted = [x for x in (input, weight, bias) if x is not None and x.requires_grad]
-        common.require(not wanted, OP, "it has no gradient: call it under torch.no_grad()")
     if why := _unfit(input, weight, bias):
         raise ValueError(f"{OP}: {why}")
+    if torch.is_grad_enabled():
+        for name, x in (("input", input), ("weight", weight), ("bias", bias)):
+            if x is not None and x.requires_grad:
+                why = "it has no gradient: call it under torch.no_grad()"
+                raise ValueError(f"{OP}: {name} requires one, and {why}")
     backend = common.resolve(OP, input, backend)
     if backend == "eager":
+        if not torch.compiler.is_compiling():
+            registry.count(OP, backend)
         return torch.nn.functional.linear(input, weight, bias)
     output = torch.ops.nlhf.skinny_linear_fwd(input, weight, backend)
     return output if bias is None else output.add_(bias)
@@ -64,6 +68,7 @@ def _unfit(input: Tensor, weight: Tensor, bias: Tensor | None) -> str:
         if type(x) not in common.PLAIN:
             common.check_local(OP, name, x)
         plain = isinstance(x, Tensor) and x.dtype == torch.float32 and x.is_cpu
+        plain = plain and common.is_dense(x)
         if not plain and not (x is None and name == "bias"):
             return f"{name} must be float32 on the CPU, got {common.describe(x)}"
     if weight.dim() != 2 or not weight.is_contiguous():

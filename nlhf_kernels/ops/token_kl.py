@@ -84,7 +84,8 @@ def token_kl(
     common.check_token_ids(OP, tokens, mask, part.V if part else logits.shape[-1])
     ref_logits = ref_logits.detach()
     if backend == "eager":
-        return eager.token_kl(
+        return common.run_eager(
+            OP,
             common.WriteBack.apply(logits) if inplace else logits,
             ref_logits,
             tokens,

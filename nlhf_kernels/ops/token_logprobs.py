@@ -77,7 +77,8 @@ def token_logprobs(
     part = vocabulary.part_of(OP, group, logits)
     common.check_token_ids(OP, tokens, mask, part.V if part else logits.shape[-1])
     if backend == "eager":
-        return eager.token_logprobs(
+        return common.run_eager(
+            OP,
             common.WriteBack.apply(logits) if inplace else logits,
             tokens,
             mask=mask,

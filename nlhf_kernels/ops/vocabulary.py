@@ -38,19 +38,20 @@ def part_of(
     """This rank's part; ``axis`` of ``logits``, or of a weight, is its ids. A collective call."""
     if group is None:
         return None
-    _check_group(op, group)
+    check_group(op, group)
     rank = dist.get_rank(group)
     sizes = vocabulary_sizes(logits.shape[axis], logits.device, group)
     return Part(group, sum(sizes[:rank]), sizes[rank], sum(sizes))
 
 
-def gathered(op: str, logits: Tensor, group: dist.ProcessGroup) -> Tensor:
+def gathered(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Rows of all ids, for an op that has no gradient. A collective call."""
-    _check_group(op, group)
     return whole_vocabulary(logits.detach(), group)
 
 
-def _check_group(op: str, group: dist.ProcessGroup) -> None:
+def check_group(op: str, group: dist.ProcessGroup | None) -> None:
+    if group is None:
+        return
     common.require(not torch.compiler.is_compiling(), op, "group cannot be used in torch.compile")
     mine = isinstance(group, dist.ProcessGroup) and dist.get_rank(group) >= 0
     got = common.describe(group)
