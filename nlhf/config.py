@@ -297,6 +297,12 @@ class FitConfig:
     """auto: a GPU if there is one; or cpu, cuda, cuda:1"""
     seed: int = 0
     """seed of the pairs' order and of dropout"""
+    checkpoint_every: int = 500
+    """steps between checkpoints; 0: none but that of a run which a signal ends (trainable trunk)"""
+    keep_checkpoints: int = 2
+    """how many checkpoints are kept"""
+    max_skipped: int = 10
+    """steps in a row that may be skipped, loss or gradient not finite; one more ends the run"""
 
     def __post_init__(self):
         check(self, _FIT_LIMITS, _FIT_CHOICES)
@@ -310,6 +316,9 @@ _FIT_LIMITS = (
     ("learning_rate", _TINY, 1e300, "above 0 and finite"),
     ("l2", 0, 1e300, "at least 0 and finite"),
     ("limit", 0, math.inf, "at least 0"),
+    ("checkpoint_every", 0, math.inf, "at least 0"),
+    ("keep_checkpoints", 1, math.inf, "at least 1"),
+    ("max_skipped", 0, math.inf, "at least 0"),
     ("seed", -(2**63), 2**63 - 1, "a 64-bit integer"),
 )
 _FIT_CHOICES = {

@@ -57,6 +57,7 @@ LOOP = [
     ["snapshots"],
     ["preference"],
     ["preference_fit"],
+    ["preference_run"],
     ["policy"],
     ["caches", "graphs", "linears"],
     ["decoding"],
