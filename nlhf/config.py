@@ -313,7 +313,7 @@ _FIT_LIMITS = (
     ("max_length", 0, math.inf, "at least 0"),
     ("epochs", 1, math.inf, "at least 1"),
     ("batch_size", 1, math.inf, "at least 1"),
-    ("learning_rate", _TINY, 1e300, "above 0 and finite"),
+    ("learning_rate", _TINY, 1e30, "above 0 and at most 1e30"),
     ("l2", 0, 1e300, "at least 0 and finite"),
     ("limit", 0, math.inf, "at least 0"),
     ("checkpoint_every", 0, math.inf, "at least 0"),

@@ -136,10 +136,11 @@ def fit(
     """
     if len(preferences) == 0:
         raise ValueError("fit: the preferences are empty")
-    if epochs < 1 or batch_size < 1 or not lr > 0 or not l2 >= 0 or max_skipped < 0:
+    # a step of more than float32 holds is an error of AdamW's own
+    if epochs < 1 or batch_size < 1 or not 0 < lr <= 1e30 or not l2 >= 0 or max_skipped < 0:
         raise ValueError(
-            "fit: epochs and batch_size must be at least 1, lr above 0, l2 and max_skipped at "
-            f"least 0, got {epochs}, {batch_size}, {lr}, {l2}, {max_skipped}"
+            "fit: epochs and batch_size must be at least 1, lr above 0 and at most 1e30, l2 and "
+            f"max_skipped at least 0, got {epochs}, {batch_size}, {lr}, {l2}, {max_skipped}"
         )
     if model.frozen:
         losses = _fit_head(model, preferences, l2, progress, recorder)

@@ -55,6 +55,7 @@ LOOP = [
     ["names", "progress"],
     ["config", "data", "http", "tabular", "distributed", "stopping"],
     ["snapshots"],
+    ["store"],
     ["preference"],
     ["preference_fit"],
     ["preference_run"],
