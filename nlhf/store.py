@@ -36,7 +36,7 @@ def working(store: Path) -> Iterator[Path]:
     try:
         store.mkdir(parents=True, exist_ok=True)
         with _locked(store):
-            # children of a process that was killed may still write there, but to no name of ours
+            # a child of a process that was killed may still write there, but to no name of ours
             shutil.rmtree(work, ignore_errors=True)
             snapshots.clean(store)
             work.mkdir(exist_ok=True)

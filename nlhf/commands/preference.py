@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import errno
 import shlex
 import sys
 from pathlib import Path
@@ -26,8 +25,6 @@ EXAMPLES = """\
   nlhf preference --trunk hub-name --pairs pairs.jsonl --kind reward --freeze-trunk"""
 # what it was called before
 OLD_NAME = "fit-preference"
-# no room, none left to this user, none for a file of this size
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # where a run leaves what it has reached
 _OURS = ("checkpoints", "features", "metrics.jsonl")
@@ -103,7 +100,9 @@ def fit(settings: FitConfig, resume: bool = False) -> dict:
             reached = run.reached if run else "before the first step"
             raise Interrupted(_how_to_go_on(output, f"{signal} {reached}")) from None
         except OSError as error:
-            if error.errno not in _FULL:
+            from nlhf import store
+
+            if error.errno not in store.FULL:
                 raise
             raise ValueError(
                 f"preference: no room left for {output} ({error.strerror}): make some, then go on "
