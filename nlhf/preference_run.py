@@ -35,15 +35,15 @@ _FILE_BYTES = 2**30
 class Run:
     """A fit in ``settings.output``, a ``nlhf.preference_fit.Recorder``.
 
-    ``reached`` says how far it is, for whoever stopped it. After a step, or the saving, that a
-    signal came into, ``Stopped`` is raised.
+    ``opened`` and ``reached`` say how far it is, for whoever stopped it. After a step, or the
+    saving, that a signal came into, ``Stopped`` is raised.
     """
 
     def __init__(self, settings: FitConfig, stop: Stop):
         self.settings, self.stop = settings, stop
         self.output = Path(settings.output)
         self.checkpoints = self.output / "checkpoints"
-        self.reached = "before the first step"
+        self.opened, self.reached = False, "before the first step"
         self._pairs = ""
 
     def result(self) -> dict | None:
@@ -74,6 +74,7 @@ class Run:
         # first of all, since it says whose folder this is
         if not started:
             snapshots.write(self.output / "config.yaml", config.dump(self.settings))
+        self.opened = True
         self.checkpoints.mkdir(exist_ok=True)
 
     def features(self, model: PreferenceModel) -> Callable[[list[tuple[int, ...]]], Tensor]:
@@ -88,6 +89,8 @@ class Run:
             ValueError: there are checkpoints, and none of them can be used.
         """
         snapshots.newest(self.checkpoints, lambda path: self._load(path, state))
+        # a kill may have come between the last one and this
+        snapshots.forget(self.checkpoints, self.settings.keep_checkpoints)
         self._write_metrics(state.metrics)
         if state.metrics:
             self._count(state, steps)
@@ -220,7 +223,8 @@ class Features:
         folder.mkdir(parents=True, exist_ok=True)
         names = [path.stem.partition("-") for path in folder.glob("*-*.safetensors")]
         self._kept = {key: digest for key, _, digest in names}
-        digest = hashlib.sha256(json.dumps(model.settings).encode("utf-8"))
+        about = json.dumps(model.settings) + model.trunk.config.to_json_string()
+        digest = hashlib.sha256(about.encode("utf-8"))
         for name, weight in model.trunk.state_dict().items():
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             digest.update(weight.cpu().reshape(-1).view(torch.uint8).numpy())

@@ -13,7 +13,7 @@ import pytest
 import safetensors
 import torch
 
-from nlhf import cli, preference_fit, quickstart, snapshots, store
+from nlhf import cli, data, preference_fit, quickstart, snapshots, store
 from tests.preference_kills import WORKS, preference_inputs, tree
 
 # of each of the works, 3 here, 40 by hand
@@ -102,6 +102,20 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     assert {name: mine[name] for name in same} == {name: whole[name] for name in same}
 
 
+def test_a_signal_before_anything_was_written_says_so(flags, place, monkeypatch, capsys):
+    read = data.read_preferences
+
+    def signalled(*inputs, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return read(*inputs, **options)
+
+    monkeypatch.setattr(data, "read_preferences", signalled)
+    cli.main(flags)
+    said = "Stopped by SIGTERM before the first step, nothing was written: start it again with"
+    assert said in capsys.readouterr().out
+    assert list(place.iterdir()) == []
+
+
 def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
@@ -188,6 +202,23 @@ def test_a_full_disk_ends_a_run_in_one_line_and_leaves_the_last_good_checkpoint(
     assert "checkpoint run/checkpoints/step-000006: cannot be written: " in line
     assert "File too large" in line
     assert "the last complete one is run/checkpoints/step-000004: make room, then go on" in line
+    cli.main(flags)
+    assert tree(place / "run") == whole
+
+
+def test_a_kill_after_the_last_checkpoint_leaves_none_too_many(flags, whole, place, monkeypatch):
+    forget = snapshots.forget
+
+    def killed(folder, keep):
+        if snapshots.path_of(folder, 12).exists():
+            raise KeyboardInterrupt
+        forget(folder, keep)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshots, "forget", killed)
+        with pytest.raises(KeyboardInterrupt):
+            cli.main(flags)
+    assert len(snapshots.complete(place / "run" / "checkpoints")) == 3
     cli.main(flags)
     assert tree(place / "run") == whole
 

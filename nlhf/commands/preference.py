@@ -87,7 +87,7 @@ def fit(settings: FitConfig, resume: bool = False) -> dict:
     for name in ("trunk", "pairs"):
         if not getattr(settings, name):
             raise ValueError(f"config: {name} must be given")
-    output, run = Path(settings.output), None
+    output, run, started = Path(settings.output), None, False
     with Stop() as stop:
         try:
             started = _claim(output, settings, resume)
@@ -97,8 +97,12 @@ def fit(settings: FitConfig, resume: bool = False) -> dict:
             run = preference_run.Run(settings, stop)
             return run.result() or _fit(run, started)
         except Stopped as signal:
-            reached = run.reached if run else "before the first step"
-            raise Interrupted(_how_to_go_on(output, f"{signal} {reached}")) from None
+            reached = f"Stopped by {signal} {run.reached if run else 'before the first step'}"
+            if not started and not (run and run.opened):
+                again = "nothing was written: start it again with the same command"
+                raise Interrupted(f"{reached}, {again}") from None
+            words = ["nlhf", "preference", "--config", str(output / "config.yaml"), "--resume"]
+            raise Interrupted(f"{reached}. Go on with: {shlex.join(words)}") from None
         except OSError as error:
             from nlhf import store
 
@@ -220,14 +224,6 @@ def _claim(output: Path, settings: FitConfig, resume: bool) -> bool:
 def _holds(path: Path) -> bool:
     """Whether anything is in a file or folder."""
     return any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0
-
-
-def _how_to_go_on(output: Path, what: str) -> str:
-    path = output / "config.yaml"
-    if not path.exists():
-        return f"Stopped by {what}, nothing was written: start it again with the same command"
-    words = ["nlhf", "preference", "--config", str(path), "--resume"]
-    return f"Stopped by {what}. Go on with: {shlex.join(words)}"
 
 
 def table(result: dict, settings: FitConfig) -> str:
