@@ -363,7 +363,9 @@ class _LexiconPreference:
 def _problem(folder: Path, marker: str) -> str:
     """``store.problem``, which is said of what is there and cannot be used."""
     problem = store.problem(folder, marker)
-    if problem and folder.exists():
+    if not problem:
+        store.tidy(folder.parent)
+    elif folder.exists():
         sys.stderr.write(f"quickstart: {folder}: {problem}; it is made again\n")
     return problem
 

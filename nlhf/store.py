@@ -89,6 +89,13 @@ def problem(folder: Path, marker: str) -> str:
     return "" if marker in hashes else f"{marker} has no hash"
 
 
+def tidy(store: Path) -> None:
+    """Take away what a process has left that was killed when all was there, unless one works."""
+    if (store / ".work").exists():
+        with contextlib.suppress(Timeout), FileLock(store / ".lock").acquire(timeout=0):
+            shutil.rmtree(store / ".work", ignore_errors=True)
+
+
 def sha256(path: Path) -> str:
     """Of the bytes of a file, in hexadecimal."""
     with path.open("rb") as file:

@@ -302,13 +302,21 @@ def test_processes_that_fill_the_store_wait_for_each_other(tmp_path, caplog):
             inside.append("other")
 
     thread = threading.Thread(target=other)
-    with store.working(tmp_path):
+    with store.working(tmp_path) as work:
         thread.start()
         thread.join(0.2)
         assert inside == []
+        store.tidy(tmp_path)
+        assert work.exists()
     thread.join()
     assert inside == ["other"]
     assert f"waiting for the process that is filling {tmp_path}" in caplog.text
+
+
+def test_what_a_kill_left_is_taken_away_when_nobody_works(tmp_path):
+    (tmp_path / ".work" / "of a killed one").mkdir(parents=True)
+    store.tidy(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_a_full_disk_is_said_of_the_store(tmp_path):
