@@ -188,9 +188,9 @@ class Run:
             found = snapshots.checked(checkpoint)
             for name, value in config.identity(self.settings).items():
                 # one that is missing was none when it was written
-                if (theirs := found["settings"].get(name, value)) != value:
+                if (theirs := found.get("settings", {}).get(name, value)) != value:
                     raise ValueError(f"it is of a run with {name} = {theirs!r}, not {value!r}")
-            if found["pairs"] != self._pairs:
+            if found.get("pairs") != self._pairs:
                 raise ValueError(f"it is of other pairs than {self.settings.pairs} has now")
             tensors = {}
             for path in sorted(checkpoint.glob("*.safetensors")):
