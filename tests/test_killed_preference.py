@@ -147,24 +147,30 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert {k: v for k, v in mine.items() if "damaged-" not in k} == whole
 
 
-def test_checkpoints_of_another_run_or_of_other_pairs_are_refused(
-    flags, place, monkeypatch, capsys, tmp_path
+def test_a_checkpoint_of_another_run_is_named_and_the_one_before_it_used(
+    flags, whole, place, monkeypatch, capsys, caplog
 ):
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text(Path(flags[flags.index("--pairs") + 1]).read_text())
-    flags = [*flags, "--pairs", str(pairs)]
     stopped(flags, monkeypatch, 3)
     stopped([*flags, "--output", "other", "--seed", "1"], monkeypatch, 3)
     line = bad(capsys, *flags, "--seed", "1")
     assert "the run in run has seed = 0, not 1: resume it with its own settings, or" in line
     folder = place / "run" / "checkpoints"
-    for path in folder.iterdir():
-        path.rename(place / path.name)
+    (folder / "step-000003").rename(place / "away")
     (place / "other" / "checkpoints" / "step-000003").rename(folder / "step-000003")
-    assert "step-000003: cannot be used: it is of a run with seed = 1, not 0" in bad(capsys, *flags)
-    (place / "step-000002").rename(folder / "step-000002")
+    cli.main(flags)
+    assert "step-000003: cannot be used: it is of a run with seed = 1, not 0" in caplog.text
+    assert "the run goes on from run/checkpoints/step-000002" in caplog.text
+    assert {k: v for k, v in tree(place / "run").items() if "damaged-" not in k} == whole
+
+
+def test_checkpoints_of_other_pairs_are_refused(flags, place, monkeypatch, capsys):
+    pairs = place / "pairs.jsonl"
+    pairs.write_text(Path(flags[flags.index("--pairs") + 1]).read_text())
+    flags = [*flags, "--pairs", str(pairs)]
+    stopped(flags, monkeypatch, 3)
     pairs.write_text("".join(reversed(pairs.read_text().splitlines(keepends=True))))
     line = bad(capsys, *flags)
+    assert f"step-000003: cannot be used: it is of other pairs than {pairs} has now" in line
     assert "delete run/checkpoints to start again from step 0" in line
 
 
