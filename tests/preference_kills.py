@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import zipfile
@@ -23,6 +24,7 @@ from pathlib import Path
 import gguf
 import numpy
 import torch
+from tqdm import tqdm
 
 from nlhf import cli, quickstart, store
 from tests import tiny
@@ -191,18 +193,20 @@ def ordeal(
 ) -> dict:
     """Sends so many of a signal, at times spread over the length of a run; what was wrong."""
     whole, start = folder / "whole", time.monotonic()
-    if code := status(forked(work, whole)):
+    if (code := status(forked(work, whole))) != 0:
         return {"wrong": [f"exit status {code}: {(whole / 'log').read_text()}"]}
     length, wanted = time.monotonic() - start, tree(whole)
     runs, trial, codes, wrong, done = 0, folder / "run-0", [], [], False
     while not wrong and (len(codes) < signals or not done):
         pid = forked(work, trial)
-        code = status(pid, draw.uniform(0, length) if len(codes) < signals else _PATIENCE)
+        patient = len(codes) >= signals
+        code = status(pid, _PATIENCE if patient else draw.uniform(0, length))
         # one that was asked to stop says that it did as one says that has come to its end
         done = code == 0
         if code is None:
             os.kill(pid, number)
             codes.append(code := status(pid))
+            wrong += [f"still there after {_PATIENCE} s"] * patient
             # it may have come to its end meanwhile
             done = code == 0 and number == signal.SIGKILL
             wrong += left(trial, wanted)
@@ -231,6 +235,8 @@ def left(trial: Path, wanted: dict[str, str]) -> Iterator[str]:
 
 def main(folder: Path, signals: int, seed: int, *names: str) -> None:
     torch.set_num_threads(1)
+    # its own is one for all processes, and who is killed may hold it
+    tqdm.set_lock(threading.RLock())
     draw = random.Random(seed)
     found = works(folder, slowly="real-pip" not in names)
     for name in [name for name in WORKS if name in names] or WORKS:
