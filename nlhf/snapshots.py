@@ -147,13 +147,36 @@ def clean(folder: Path) -> None:
 
 def write(path: Path, text: str) -> None:
     """A file that is there whole or not at all."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """As ``write``."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_bytes(content)
         _flush(beside)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def pour(source: Path, folder: Path, last: str) -> None:
+    """Move what is in a folder into another, over files and folders of the same names.
+
+    ``last``, the file that says that the others are there, goes when they are on the disk.
+    """
+    for path in source.rglob("*"):
+        _flush(path)
+    for path in sorted(source.iterdir(), key=lambda path: path.name == last):
+        target = folder / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        if path.name == last:
+            _flush(folder)
+        os.replace(path, target)
+    _flush(folder)
+    source.rmdir()
 
 
 def _set_aside(snapshot: Path) -> Path:

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from nlhf import preference_fit
 from nlhf.data import Preferences, read_preferences
 from nlhf.preference import (
     CONFIG,
@@ -153,6 +154,67 @@ def test_fit_is_deterministic(tokenizer, frozen):
         runs.append(model.head.weight.clone())
         torch.rand(3)
     assert torch.equal(*runs)
+
+
+class Snapshots:
+    """A recorder that copies everything after every step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def restore(self, state, steps):
+        pass
+
+    def record(self, state, steps):
+        tensors = {name: x.clone() for name, x in state.tensors().items() if name[0] != "r"}
+        self.steps.append((tensors, state.metrics[-1], state.skipped_in_a_row))
+
+
+def spoil(monkeypatch, bad, gradient):
+    """Lets the steps of these numbers have a loss, or a gradient, that is not finite."""
+    steps, whole = itertools.count(1), preference_fit.preference_loss
+
+    def loss(logits, probability):
+        value = whole(logits, probability)
+        if next(steps) not in bad:
+            return value
+        # the square root of 0 has no finite gradient
+        return value + (0 * logits.sum()).sqrt() if gradient else value * float("nan")
+
+    monkeypatch.setattr(preference_fit, "preference_loss", loss)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_step_that_is_not_finite_changes_nothing(tokenizer, monkeypatch, caplog, gradient):
+    spoil(monkeypatch, {3, 5, 6}, gradient)
+    model, kept = RewardModel(trunk(), tokenizer), Snapshots()
+    options = {"epochs": 2, "batch_size": 5, "lr": 1e-3}
+    losses = fit(model, ladder(), **options, max_skipped=2, recorder=kept)
+    assert len(losses) == 5
+    assert [row["skipped"] for _, row, _ in kept.steps] == [0, 0, 1, 1, 2, 3, 3, 3]
+    assert [row.get("loss") for _, row, _ in kept.steps if "loss" in row] == losses
+    assert [in_a_row for *_, in_a_row in kept.steps] == [0, 0, 1, 0, 1, 2, 0, 0]
+    for step, (before, after) in enumerate(itertools.pairwise(kept.steps), start=2):
+        same = all(torch.equal(x, after[0][name]) for name, x in before[0].items())
+        assert same == (step in {3, 5, 6})
+    why = "the norm of the gradient is nan" if gradient else "the loss is nan"
+    assert [r.message for r in caplog.records] == [f"step {i} is skipped: {why}" for i in (3, 5, 6)]
+    spoil(monkeypatch, {3, 4, 5}, gradient)
+    with pytest.raises(ValueError, match=f"3 steps in a row were skipped, up to step 5: {why}"):
+        fit(RewardModel(trunk(), tokenizer), ladder(), **options, max_skipped=2)
+    spoil(monkeypatch, {1}, gradient)
+    with pytest.raises(ValueError, match=f"fit: step 1: {why}; lower lr"):
+        fit(RewardModel(trunk(), tokenizer), ladder(), **options)
+
+
+def test_weights_that_are_lost_in_the_last_step_are_no_result(tokenizer, monkeypatch):
+    model = RewardModel(trunk(), tokenizer)
+    lose = model.head.weight.data.fill_
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: lose(math.inf))
+    with pytest.raises(ValueError, match="the loss is not finite"):
+        fit(model, ladder(), batch_size=100)
+    with pytest.raises(ValueError, match="the preference of pair 2 is nan"):
+        evaluate(lambda *texts: torch.tensor([0.5, 1.0, float("nan")]), cycle())
 
 
 def test_soft_label_loss_and_measures():

@@ -1,19 +1,22 @@
 """``nlhf preference``."""
 
 import argparse
-import json
+import contextlib
+import shlex
 import sys
 from pathlib import Path
 
 from nlhf import config
 from nlhf.commands import common
 from nlhf.config import FitConfig
+from nlhf.stopping import Stop, Stopped
 
 DESCRIPTION = (
     "Train a model that says how likely one response to a prompt beats another, from pairs of "
     "which one was preferred: what --preference of the other commands reads. A pairwise model "
     "reads both responses and can learn cycles; a reward model (Bradley-Terry) scores each alone. "
-    "Every setting is a flag and a line of the --config file, of which flags win."
+    "Every setting is a flag and a line of the --config file, of which flags win; an interrupted "
+    "run goes on with --resume."
 )
 EXAMPLES = """\
   nlhf preference --trunk path/or/hub-name --pairs pairs.jsonl --held-out held_out.jsonl \\
@@ -22,6 +25,13 @@ EXAMPLES = """\
   nlhf preference --trunk hub-name --pairs pairs.jsonl --kind reward --freeze-trunk"""
 # what it was called before
 OLD_NAME = "fit-preference"
+
+# where a run leaves what it has reached
+_OURS = ("checkpoints", "features", "metrics.jsonl")
+
+
+class Interrupted(Exception):
+    """A signal ended a run; what it has reached is saved, and the text says how to go on."""
 
 
 def add(commands) -> None:
@@ -36,6 +46,11 @@ def add(commands) -> None:
     old = commands.add_parser(OLD_NAME, description="The old name of nlhf preference.")
     for each in (parser, old):
         common.add_config(each, FitConfig)
+        each.add_argument(
+            "--resume",
+            action="store_true",
+            help="go on from the last checkpoint in the output folder, if there is one",
+        )
         config.add_arguments(each, FitConfig)
         each.set_defaults(run=run)
 
@@ -44,37 +59,119 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.command == OLD_NAME:
         sys.stderr.write(f"nlhf {OLD_NAME} is deprecated: it is now called nlhf preference\n")
     settings = common.settings(arguments, FitConfig)
-    result = fit(settings)
+    try:
+        result = fit(settings, arguments.resume)
+    except Interrupted as stopped:
+        sys.stdout.write(f"\n{stopped}\n")
+        return
     sys.stdout.write("\n" + table(result, settings))
     sys.stdout.write(f"\nThe preference model is in {settings.output}: give it as --preference\n")
 
 
-def fit(settings: FitConfig) -> dict:
+def fit(settings: FitConfig, resume: bool = False) -> dict:
     """Train as configured, save into ``settings.output`` and return the figures of `fit.json`.
 
+    SIGTERM or Ctrl-C end it after the step that is under way.
+
+    Args:
+        settings: the configuration.
+        resume: go on from the last checkpoint of the run in the output folder that can be used, or
+            start if none is there.
+
     Raises:
-        ValueError: bad input, or an output folder that is not empty.
+        ValueError: bad input; an output folder that is not empty, or holds another run, or one
+            without ``resume``; no checkpoint can be used, or a new one cannot be written; too many
+            steps skipped.
+        Interrupted: a signal came, and the run is saved.
     """
     for name in ("trunk", "pairs"):
         if not getattr(settings, name):
             raise ValueError(f"config: {name} must be given")
-    output = Path(settings.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"preference: {output} is not empty: choose another --output")
-    # after the cheap checks: torch and transformers take seconds to import
-    import torch
+    output, run, started = Path(settings.output), None, False
+    with Stop() as stop:
+        try:
+            started = _claim(output, settings, resume)
+            # after the cheap checks: torch and transformers take seconds to import
+            from nlhf import preference_run
 
+            run = preference_run.Run(settings, stop)
+            return run.result() or _fit(run, started)
+        except Stopped as signal:
+            reached = f"Stopped by {signal} {run.reached if run else 'before the first step'}"
+            if not started and not (run and run.opened):
+                again = "nothing was written: start it again with the same command"
+                raise Interrupted(f"{reached}, {again}") from None
+            words = ["nlhf", "preference", "--config", str(output / "config.yaml"), "--resume"]
+            raise Interrupted(f"{reached}. Go on with: {shlex.join(words)}") from None
+        except OSError as error:
+            from nlhf import store
+
+            if error.errno not in store.FULL:
+                raise
+            raise ValueError(
+                f"preference: no room left for {output} ({error.strerror}): make some, then go on "
+                "with --resume"
+            ) from error
+
+
+def _fit(run, started: bool) -> dict:
     from nlhf import data, parts, preference, preference_fit
 
+    settings = run.settings
     device = parts.device_of(settings.device)
     limit = settings.limit or None
     pairs = data.read_preferences(settings.pairs, limit=limit)
     held_out = data.read_preferences(settings.held_out, limit=limit) if settings.held_out else None
+    if run.saved:
+        model = preference.load_preference(settings.output, device=device)
+    else:
+        model = _model(settings, device)
+    result = {}
+    if settings.skip_long:
+        pairs, result["pairs_skipped"] = _short(model, pairs, settings.pairs)
+    run.open(pairs, started)
+    if run.saved:
+        losses = run.losses()
+    else:
+        # features may be broken off anywhere, steps are finished
+        with contextlib.nullcontext() if model.frozen else run.stop.finishing():
+            losses = preference_fit.fit(
+                model,
+                pairs,
+                epochs=settings.epochs,
+                batch_size=settings.batch_size,
+                lr=settings.learning_rate,
+                l2=settings.l2,
+                seed=settings.seed,
+                progress=True,
+                max_skipped=settings.max_skipped,
+                recorder=run,
+            )
+        run.save(model, losses)
+    # the mean of a tenth, since a single batch is noise
+    last = losses[-max(1, len(losses) // 10) :]
+    result |= {"pairs": len(pairs), "loss": sum(last) / len(last)}
+    if held_out:
+        result["held_out"] = {}
+        if settings.skip_long:
+            held_out, result["held_out"]["pairs_skipped"] = _short(
+                model, held_out, settings.held_out
+            )
+        result["held_out"] |= preference_fit.evaluate(model, held_out)
+    run.end(result)
+    return result
+
+
+def _model(settings: FitConfig, device):
+    import torch
+
+    from nlhf import preference
+
     trunk, tokenizer = preference.load_trunk(
         local_folder(settings.trunk), getattr(torch, settings.dtype)
     )
     template = {"template": settings.template} if settings.template else {}
-    model = preference.KINDS[settings.kind](
+    return preference.KINDS[settings.kind](
         trunk.to(device),
         tokenizer,
         pooling=settings.pooling,
@@ -84,33 +181,49 @@ def fit(settings: FitConfig) -> dict:
         truncate=settings.truncate,
         **template,
     )
-    result = {}
-    if settings.skip_long:
-        pairs, result["pairs_skipped"] = _short(model, pairs, settings.pairs)
-    losses = preference_fit.fit(
-        model,
-        pairs,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        lr=settings.learning_rate,
-        l2=settings.l2,
-        seed=settings.seed,
-        progress=True,
-    )
-    # the mean of a tenth, since a single batch is noise
-    last = losses[-max(1, len(losses) // 10) :]
-    result |= {"pairs": len(pairs), "loss": sum(last) / len(last)}
-    model.save_pretrained(output)
-    if held_out:
-        result["held_out"] = {}
-        if settings.skip_long:
-            held_out, result["held_out"]["pairs_skipped"] = _short(
-                model, held_out, settings.held_out
+
+
+def _claim(output: Path, settings: FitConfig, resume: bool) -> bool:
+    """Whether the folder holds a run to go on with; ValueError where it is somebody else's."""
+    path = output / "config.yaml"
+    if resume and output.is_dir():
+        from nlhf import snapshots
+
+        snapshots.clean(output)
+    there = {p.name for p in output.iterdir()} if output.is_dir() else set()
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"preference: {output} is no folder: choose another --output")
+    if path.name not in there:
+        if there:
+            raise ValueError(f"preference: {output} is not empty: choose another --output")
+        return False
+    # before its first step there is nothing to lose
+    if there <= {path.name, *_OURS} and not any(map(_holds, (output / name for name in _OURS))):
+        # a file that we did not write is somebody's own, whatever its name
+        if config.dump(config.load(str(path), kind=FitConfig)) != path.read_text(encoding="utf-8"):
+            raise ValueError(f"preference: {path} is not of a run: choose another --output")
+        return False
+    if not resume:
+        begun = (output / "checkpoints").is_dir() and not (output / "fit.json").exists()
+        raise ValueError(
+            f"preference: {output} holds a run that has not ended: give --resume to go on with "
+            "it, or another --output"
+            if begun
+            else f"preference: {output} is not empty: choose another --output"
+        )
+    before = config.identity(config.load(str(path), kind=FitConfig))
+    for name, value in config.identity(settings).items():
+        if value != before[name]:
+            raise ValueError(
+                f"preference: the run in {output} has {name} = {before[name]!r}, not {value!r}: "
+                "resume it with its own settings, or choose another --output"
             )
-        result["held_out"] |= preference_fit.evaluate(model, held_out)
-    config.save(settings, output / "config.yaml")
-    (output / "fit.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-    return result
+    return True
+
+
+def _holds(path: Path) -> bool:
+    """Whether anything is in a file or folder."""
+    return any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0
 
 
 def table(result: dict, settings: FitConfig) -> str:

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,11 +169,20 @@ class PreferenceModel(nn.Module):
 
     @torch.no_grad()
     def cached_features(
-        self, prompts: list[str], first: list[str], second: list[str], *, progress: bool = False
+        self,
+        prompts: list[str],
+        first: list[str],
+        second: list[str],
+        *,
+        progress: bool = False,
+        compute: Callable[[list[tuple[int, ...]]], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Features (U, D) of the distinct texts, and (B,) each: the rows that a pair compares."""
+        """Features (U, D) of the distinct texts, and (B,) each: the rows that a pair compares.
+
+        compute: in place of `features`, for what remembers them.
+        """
         unique, a, b = self._unique(prompts, first, second)
-        rows = [self.features(batch) for batch in self._batches(unique, progress)]
+        rows = [(compute or self.features)(batch) for batch in self._batches(unique, progress)]
         device = self.head.weight.device
         return torch.cat(rows), a.to(device), b.to(device)
 
