@@ -90,6 +90,9 @@ def main(argv: list[str] | None = None) -> None:
     if rank:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     arguments = _parse(sys.argv[1:] if argv is None else argv)
+    # a module:function may lie here, as with python -m; last, so that it hides nothing
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         arguments.run(arguments)
     except BrokenPipeError:

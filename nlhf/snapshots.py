@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filelock import FileLock, Timeout
+
 from nlhf.data import replace_folder
 from nlhf.distributed import ALONE, World
 from nlhf.loading import sha256
@@ -128,6 +130,30 @@ def forget(folder: Path, keep: int) -> None:
         gone = old.with_name(f".{old.name}.{os.getpid()}.old")
         os.replace(old, gone)
         shutil.rmtree(gone)
+
+
+@contextlib.contextmanager
+def alone(output: Path, when: bool = True) -> Iterator[None]:
+    """Inside it no other process works on the run in this folder; ``when``: it is to be locked.
+
+    Raises:
+        ValueError: one does.
+    """
+    if not when:
+        yield
+        return
+    lock = FileLock(output / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"{output}: another process works on this run; wait for its end, or choose another "
+            "--output"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def clean(folder: Path) -> None:

@@ -1,8 +1,10 @@
 """A training run: its folder, its steps, its report."""
 
+import collections
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import logging
 import os
@@ -12,6 +14,7 @@ from pathlib import Path
 import safetensors
 import torch
 
+import nlhf_kernels as nk
 from nlhf import (
     algorithms,
     checkpoint,
@@ -59,9 +62,14 @@ def run(settings: Config, resume: bool = False) -> dict:
         distributed.Lost: another process of the run is gone.
         model_card.PushError: the run is whole and saved, but not on the hub.
     """
+    before = collections.Counter(nk.calls())
     with Stop() as stop, distributed.together(settings.collective_timeout):
         try:
-            return _run(settings, resume, stop)
+            with contextlib.ExitStack() as stack:
+                result = _run(settings, resume, stop, stack)
+            ran = collections.Counter(nk.calls()) - before
+            logging.getLogger(__name__).info("ops of this run:\n%s", nk.calls_table(ran))
+            return result
         except Stopped:
             raise Interrupted(_how_to_go_on(settings, stop, "nothing is lost")) from None
         except (OSError, safetensors.SafetensorError) as error:
@@ -73,17 +81,24 @@ def run(settings: Config, resume: bool = False) -> dict:
             ) from error
 
 
-def _run(settings: Config, resume: bool, stop: Stop) -> dict:
+def _run(settings: Config, resume: bool, stop: Stop, stack: contextlib.ExitStack) -> dict:
+    """``stack`` ends with the run: what holds its folder."""
     output, world = Path(settings.output), distributed.join(settings.collective_timeout)
     algorithms.check(settings)
     tracking.trackers(settings.report_to)
     model_card.check_hub_name(settings.push_to_hub)
+    begun = (output / "config.yaml").exists()
+    hold = functools.partial(snapshots.alone, output)
+    world.first(lambda: stack.enter_context(hold(begun)))
     world.first(lambda: _claim(output, settings, resume))
     pieces = parts.build(settings)
     learner = Learner(pieces)
     world.first(lambda: _open(output, settings))
+    world.first(lambda: stack.enter_context(hold(not begun)))
     folder = output / "checkpoints"
     done = snapshots.newest(folder, lambda path: checkpoint.load(path, learner), world) or 0
+    # a kill may have come before the last one had ended that
+    world.first(lambda: snapshots.forget(folder, settings.keep_checkpoints))
     metrics = world.first(lambda: _keep_metrics(output / "metrics.jsonl", done))
     world.first(lambda: _keep_metrics(output / "samples.jsonl", done))
     found = diagnosis.history(metrics, settings)
@@ -159,9 +174,9 @@ def _write_cards(output: Path, settings: Config, result: dict) -> None:
 
 def _open(output: Path, settings: Config) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    (output / "checkpoints").mkdir(exist_ok=True)
     if not _started(output):
         snapshots.write(output / "config.yaml", config.dump(settings))
+    (output / "checkpoints").mkdir(exist_ok=True)
 
 
 def _finish(learner: Learner, metrics: list[dict], output: Path, found: list) -> dict:

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+import tqdm
 
 from nlhf import cli, snapshots
 
@@ -94,6 +96,8 @@ def main() -> None:
     config, folder, kills, seed = sys.argv[1:]
     # all but a backward pass, after which nobody may fork, so that children find it imported
     cli.main(["train", "--config", config, "--output", f"{folder}/none", "--steps", "0"])
+    # its own is shared between processes, and a child may be killed while it holds it
+    tqdm.tqdm.set_lock(threading.RLock())
     # a collection in a child would copy all the memory that it shares
     gc.collect()
     gc.freeze()

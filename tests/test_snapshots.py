@@ -5,6 +5,8 @@ import logging
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -230,6 +232,21 @@ def test_a_disk_without_room_ends_the_run_in_one_line_and_keeps_the_last_one(fol
     assert [path.name for path in checkpoints.iterdir()] == ["step-000002"]
     train.run(chosen, resume=True)
     assert len(metrics(tmp_path / "run")) == 6
+
+
+def test_one_process_at_a_time_works_on_a_run(copied):
+    output, chosen = copied
+    other = "import sys, time; from nlhf import snapshots; from pathlib import Path\n"
+    other += "with snapshots.alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen(
+        [sys.executable, "-c", other, str(output)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="another process works on this run"):
+            train.run(chosen, resume=True)
+        # a lock goes with its process, however that ends
+        process.kill()
+    train.run(chosen, resume=True)
 
 
 def test_the_last_k_are_kept_in_the_order_of_their_numbers(tmp_path):

@@ -88,14 +88,14 @@ def fit(settings: FitConfig, resume: bool = False) -> dict:
         if not getattr(settings, name):
             raise ValueError(f"config: {name} must be given")
     output, run, started = Path(settings.output), None, False
-    with Stop() as stop:
+    with Stop() as stop, contextlib.ExitStack() as held:
         try:
             started = _claim(output, settings, resume)
             # after the cheap checks: torch and transformers take seconds to import
             from nlhf import preference_run
 
             run = preference_run.Run(settings, stop)
-            return run.result() or _fit(run, started)
+            return run.result() or _fit(run, started, held)
         except Stopped as signal:
             reached = f"Stopped by {signal} {run.reached if run else 'before the first step'}"
             if not started and not (run and run.opened):
@@ -114,8 +114,8 @@ def fit(settings: FitConfig, resume: bool = False) -> dict:
             ) from error
 
 
-def _fit(run, started: bool) -> dict:
-    from nlhf import data, parts, preference, preference_fit
+def _fit(run, started: bool, held: contextlib.ExitStack) -> dict:
+    from nlhf import data, parts, preference, preference_fit, snapshots
 
     settings = run.settings
     device = parts.device_of(settings.device)
@@ -129,7 +129,9 @@ def _fit(run, started: bool) -> dict:
     result = {}
     if settings.skip_long:
         pairs, result["pairs_skipped"] = _short(model, pairs, settings.pairs)
+    held.enter_context(snapshots.alone(run.output, started))
     run.open(pairs, started)
+    held.enter_context(snapshots.alone(run.output, not started))
     if run.saved:
         losses = run.losses()
     else:
