@@ -47,7 +47,7 @@ def test_fused_and_eager_training_give_the_same_curve_in_float32(folder, tmp_pat
         ours, theirs = step(fused, number, ""), step(eager, number, "eager")
         assert_close(ours, theirs, torch.float32)
     # it went far
-    assert ours["kl"] > 1
+    assert ours["kl"] > 0.5
     assert ours["skipped"] == 0
 
 

@@ -193,6 +193,8 @@ def _claim(output: Path, settings: FitConfig, resume: bool) -> bool:
 
         snapshots.clean(output)
     there = {p.name for p in output.iterdir()} if output.is_dir() else set()
+    # of a process that works there, or has: who may is asked later
+    there.discard(".lock")
     if output.exists() and not output.is_dir():
         raise ValueError(f"preference: {output} is no folder: choose another --output")
     if path.name not in there:
