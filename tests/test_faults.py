@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nlhf import cli, config, http, learner, memory, parts, train
+from tests import serving as local
 from tests import test_train
 from tests.test_train import metrics, prefer_even, settings, weights
 
@@ -82,6 +83,38 @@ def test_a_step_whose_preference_cannot_be_used_changes_nothing(
     assert made.step(2)["skipped"] == 1
     assert not made.problem
     assert not all(torch.equal(a, b) for a, b in zip(before, state(made), strict=True))
+
+
+@pytest.mark.parametrize("fault", [500, "slow", "garbage", "cut", "neither"])
+def test_a_judge_that_is_down_slow_or_lying(folder, tmp_path, fault):
+    """Once, the request is sent again; twice, the step is skipped; then all is well."""
+    lies = []
+
+    def answer(path, body):
+        return local.chat("maybe") if lies else local.opinion(path, body)
+
+    with local.serve(answer) as server:
+        path = tmp_path / "judge.yaml"
+        path.write_text(
+            f"url: {server.url}\nmodel: {local.MODEL}\ntemplate: '{local.TEMPLATE}'\n"
+            "retries: 1\nbackoff: 0.001\ntimeout: 0.3\nconcurrency: 1\n"
+        )
+        made = learner.Learner(parts.build(chosen(folder, tmp_path / "x", preference=str(path))))
+        assert made.step(0)["judge_retries"] == 0
+        if fault != "neither":
+            server.faults = [fault]
+            row = made.step(1)
+            assert (row["judge_retries"], row["skipped"]) == (1, 0)
+        server.faults, before = [fault] * 2 * (fault != "neither"), state(made)
+        lies += [1] * (fault == "neither")
+        row = made.step(2)
+        lies.clear()
+        assert row["skipped"] == 1
+        assert f"judge {server.url}, model {local.MODEL}: " in made.problem
+        assert all(torch.equal(a, b) for a, b in zip(before, state(made), strict=True))
+        row = made.step(3)
+        assert (row["judge_retries"], row["skipped"]) == (0, 1)
+        assert row["judge_requests"] > 0
 
 
 def poisoned(made, value: float, where: str):

@@ -137,7 +137,10 @@ def test_a_stale_server_is_corrected(folder, tmp_path):  # noqa: F811
     with local.serve(local.Engine(stale, logprobs="raw")) as server:
         changes = {"server": server.url, "importance": "sequence", "importance_cap": 1.3}
         pieces, row, found = step_gradient(folder, tmp_path, "a", micro_batch_size=3, **changes)
-        _, plain, uncorrected = step_gradient(folder, tmp_path, "b", server=server.url)
+        with pytest.raises(ValueError, match="apart on average, more than max_logp_difference"):
+            step_gradient(folder, tmp_path, "c", server=server.url)
+        changes = {"server": server.url, "max_logp_difference": 1.0}
+        _, plain, uncorrected = step_gradient(folder, tmp_path, "b", **changes)
         ids = learner.prompt_ids(0, 0, 8, len(pieces.prompts))
         prompts = [pieces.prompts[i % len(pieces.prompts)] for i in ids]
         draw = parts.seeds(0, 0, ids, pieces.device)

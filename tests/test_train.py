@@ -67,7 +67,8 @@ def settings(folder, output, **changes) -> config.Config:
 
 def metrics(output) -> list[dict]:
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds_", "tokens_per_second")
+    # what depends on the machine, and on what a judge was asked before
+    timed = ("seconds_", "tokens_per_second", "judge_")
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
 
 
