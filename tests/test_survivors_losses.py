@@ -1,0 +1,103 @@
+"""What mutants of ``nlhf.losses`` got past every other test."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import nlhf_kernels as nk
+from nlhf import losses
+from nlhf.rollout import Completion, Pair
+from tests import tiny
+from tests.test_losses import made
+from tests.test_rollout import shapes_of_calls
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LLAMA, OTHER = tiny.llama(0), tiny.llama(1)
+# drawn at temperature 1, so its log-probabilities are those of the models as they are
+PAIR, WINS = made(LLAMA, OTHER)
+ANCHOR = (PAIR.y.ref_logprobs, PAIR.y_other.ref_logprobs)
+IPO = {"method": "online_ipo", "tau": 0.1}
+
+
+def test_the_temperature_is_1_where_none_is_given():
+    for found in (
+        losses.nash_md_pg(LLAMA, OTHER, PAIR, WINS, tau=0.1).logprobs,
+        losses.contrast(LLAMA, PAIR, WINS, anchors=[ANCHOR], **IPO).logprobs,
+        losses.score(LLAMA, OTHER, PAIR, PAIR.y)[0],
+    ):
+        torch.testing.assert_close(found, PAIR.y.policy_logprobs)
+
+
+def test_a_contrast_is_the_op_on_the_sums_of_both_responses():
+    result = losses.contrast(LLAMA, PAIR, WINS, anchors=[ANCHOR], **IPO)
+    y, other = PAIR.y, PAIR.y_other
+    wanted = nk.pair_loss(
+        y.policy_logprobs.sum(1),
+        other.policy_logprobs.sum(1),
+        y.ref_logprobs.sum(1)[None],
+        other.ref_logprobs.sum(1)[None],
+        WINS,
+        **IPO,
+    )
+    torch.testing.assert_close(result.loss, wanted.loss)
+    torch.testing.assert_close(result.margins, wanted.margins)
+    torch.testing.assert_close(result.kl, y.policy_logprobs - y.ref_logprobs)
+    parts = (result.logprobs, result.ref_logprobs, result.entropy, result.kl, result.margins)
+    assert not any(x.requires_grad for x in parts)
+    assert (result.entropy[y.mask] > 0).all()
+
+
+def test_an_anchor_of_a_contrast_is_of_both_responses():
+    with pytest.raises(ValueError, match="shorter"):
+        losses.contrast(LLAMA, PAIR, WINS, anchors=[ANCHOR, ANCHOR[:1]], **IPO)
+
+
+@pytest.mark.parametrize("packing", [None, True])
+def test_a_contrast_reads_padded_rows_unless_packing_is_on(packing):
+    model = tiny.llama(0)
+    shapes = shapes_of_calls(model)
+    more = {} if packing is None else {"packing": packing}
+    losses.contrast(model, PAIR, WINS, anchors=[ANCHOR], **IPO, **more)
+    assert {rows for rows, _ in shapes} == ({1} if packing else {len(WINS)})
+
+
+@pytest.mark.parametrize("more", [{}, {"inplace_backward": False}])
+def test_a_contrast_writes_its_gradient_over_the_logits_unless_it_must_not(more):
+    model, seen = tiny.llama(0), []
+    model.register_forward_hook(lambda _, args, output: seen.append(output.logits))
+    result = losses.contrast(model, PAIR, WINS, anchors=[ANCHOR], head="logits", **IPO, **more)
+    before = [x.detach().clone() for x in seen]
+    result.loss.backward()
+    same = [torch.equal(x.detach(), y) for x, y in zip(seen, before, strict=True)]
+    assert same == [bool(more)] * 2
+
+
+def test_the_reference_is_packed_too_where_its_log_probabilities_are_missing():
+    ref = tiny.llama(1)
+    shapes = shapes_of_calls(ref)
+    y = Completion(PAIR.y.tokens, PAIR.y.mask)
+    pair = Pair(PAIR.input_ids, PAIR.attention_mask, y, PAIR.y_other)
+    result = losses.nash_md_pg(LLAMA, ref, pair, WINS, tau=0.1, packing=True)
+    torch.testing.assert_close(result.ref_logprobs, PAIR.y.ref_logprobs)
+    assert {rows for rows, _ in shapes} == {1}
+
+
+def test_anchors_need_the_log_probabilities_of_a_reference():
+    anchors = [(PAIR.y.policy_logprobs, 0.1)]
+    with pytest.raises(ValueError, match="anchors need a reference, and kl other than 'exact'"):
+        losses.nash_md_pg(LLAMA, OTHER, PAIR, WINS, tau=0.1, kl="exact", anchors=anchors)
+
+
+def test_preferences_are_taken_to_the_device_of_the_tokens():
+    asked = []
+
+    def to(device):
+        asked.append(device)
+        return WINS
+
+    elsewhere = SimpleNamespace(to=to)
+    losses.nash_md_pg(LLAMA, OTHER, PAIR, elsewhere, tau=0.1)
+    losses.contrast(LLAMA, PAIR, elsewhere, anchors=[ANCHOR], **IPO)
+    assert asked == [PAIR.y.tokens.device] * 2
