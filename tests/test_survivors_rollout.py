@@ -1,0 +1,81 @@
+"""What mutants of ``nlhf.rollout`` got past every other test."""
+
+import pytest
+import torch
+
+import nlhf_kernels as nk
+from nlhf import rollout
+from nlhf.rollout import Side
+from tests import tiny
+from tests.test_decoding import Emulated, plain_and_recorded
+from tests.test_rollout import EOS, agree, shapes_of_calls
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BATCH = tiny.prompts([3, 5])
+SHORT = {"max_new_tokens": 4, "eos_token_id": EOS, "seed": 5}
+
+
+def test_the_reference_of_several_models_is_the_base_of_the_first_that_has_one():
+    plain, model = tiny.gpt2(1), tiny.with_lora(tiny.llama(0))
+    sides = [Side(plain, 0.5), Side(model, 0.5)]
+    answers = rollout.generate(sides, None, *BATCH, **SHORT)
+    agree(answers, sides, tiny.llama(0), *BATCH, 5, 4)
+
+
+def test_every_draw_is_checked_where_that_is_asked_for(monkeypatch):
+    checked = []
+    sample = nk.mixture_sample
+
+    def seen(*args, **settings):
+        checked.append(settings["check"])
+        return sample(*args, **settings)
+
+    monkeypatch.setattr(nk, "mixture_sample", seen)
+    for check, wanted in (({}, False), ({"check": True}, True)):
+        checked.clear()
+        rollout.generate([Side(tiny.llama(0))], None, *BATCH, with_ref=False, **SHORT, **check)
+        assert checked
+        assert set(checked) == {wanted}
+
+
+def test_a_recording_cannot_wait_for_other_processes():
+    with pytest.raises(ValueError, match="cuda_graphs cannot wait for others"):
+        rollout.generate(
+            [Side(tiny.llama(0))],
+            None,
+            *BATCH,
+            with_ref=False,
+            cuda_graphs=Emulated(),
+            together=lambda more: more,
+            **SHORT,
+        )
+
+
+def test_a_model_runs_as_often_as_others_need_it():
+    model, asked = tiny.llama(0), []
+    shapes = shapes_of_calls(model)
+    settings = SHORT | {"max_new_tokens": 9, "eos_token_id": list(range(tiny.V))}
+    alone = rollout.generate([Side(model)], None, *BATCH, with_ref=False, **settings)
+    assert len(shapes) == 1
+    shapes.clear()
+
+    def together(more):
+        asked.append(more)
+        return len(asked) < 5
+
+    waited = rollout.generate(
+        [Side(model)], None, *BATCH, with_ref=False, together=together, **settings
+    )
+    # every row ends with its first token here, and elsewhere one with its fifth
+    assert asked == [False] * 5
+    assert len(shapes) == 5
+    assert torch.equal(waited[0].tokens, alone[0].tokens)
+
+
+def test_with_adapters_as_their_own_reference_a_step_is_recorded_anew():
+    model, graphs = tiny.with_lora(tiny.llama(0)), Emulated()
+    for ref in (None, model):
+        answers = plain_and_recorded([Side(model, 0.5)], ref, BATCH, graphs)[0]
+        off = (answers.policy_logprobs - answers.ref_logprobs).abs().max()
+        assert (off > 0.1) == (ref is None)
