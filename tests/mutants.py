@@ -80,7 +80,7 @@ def _negated(node: cst.If | cst.While | cst.CompIf) -> Iterator[cst.CSTNode]:
 
 
 def _returns_none(node: cst.Return) -> Iterator[cst.CSTNode]:
-    if node.value is not None:
+    if node.value is not None and not m.matches(node.value, m.Name("None")):
         yield cst.Return()
 
 

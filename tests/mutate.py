@@ -44,9 +44,9 @@ TESTS = {
         "estimator",
         "algorithms",
     ],
-    "algorithms": ["algorithms", "importance", "served_training"],
-    "rollout": ["rollout", "decoding", "policy", "missing_eos"],
-    "tabular/": ["tabular", "tabular_fixtures", "tabular_solvers", "solve"],
+    "algorithms": ["survivors_algorithms", "algorithms", "importance", "served_training"],
+    "rollout": ["survivors_rollout", "rollout", "decoding", "policy", "missing_eos"],
+    "tabular/": ["survivors_tabular", "tabular", "tabular_fixtures", "tabular_solvers", "solve"],
 }
 OPTIONS = ["-q", "-x", "-p", "no:cacheprovider"]
 MEMORY = 16 * 2**30

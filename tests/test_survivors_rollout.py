@@ -1,11 +1,13 @@
 """What mutants of ``nlhf.rollout`` got past every other test."""
 
+import contextlib
+
 import pytest
 import torch
 
 import nlhf_kernels as nk
 from nlhf import rollout
-from nlhf.rollout import Side
+from nlhf.rollout import Completion, Side
 from tests import tiny
 from tests.test_decoding import Emulated, plain_and_recorded
 from tests.test_rollout import EOS, agree, shapes_of_calls
@@ -79,3 +81,34 @@ def test_with_adapters_as_their_own_reference_a_step_is_recorded_anew():
         answers = plain_and_recorded([Side(model, 0.5)], ref, BATCH, graphs)[0]
         off = (answers.policy_logprobs - answers.ref_logprobs).abs().max()
         assert (off > 0.1) == (ref is None)
+
+
+def test_a_tensor_that_is_refused_is_described():
+    tokens = torch.zeros(2, 3, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"must be int64 \(R, T\), got int32 \(2, 3\) on cpu$"):
+        Completion(tokens, tokens > 0)
+
+
+def test_one_token_is_a_response():
+    settings = SHORT | {"max_new_tokens": 1}
+    y = rollout.generate([Side(tiny.llama(0))], None, *BATCH, with_ref=False, **settings)[0]
+    assert y.tokens.shape == (2, 1)
+    assert y.mask.all()
+
+
+def test_a_hole_in_the_middle_of_a_prompt_is_refused():
+    ids, mask = tiny.prompts([5, 6])
+    mask[0, 3] = 0
+    with pytest.raises(ValueError, match="prompt 0 must be padded to the left, got a 0 after a 1"):
+        rollout.generate([Side(tiny.llama(0))], None, ids, mask, with_ref=False, **SHORT)
+
+
+@pytest.mark.parametrize(
+    ("word", "known"), [(0, True), (-1, False), (tiny.V - 1, True), (tiny.V, False)]
+)
+def test_every_word_of_the_vocabulary_may_stand_in_a_prompt_and_no_other(word, known):
+    ids, mask = tiny.prompts([3, 5])
+    ids[1, 2] = word
+    refused = pytest.raises(ValueError, match=rf"input_ids must be in \[0, {tiny.V}\), got")
+    with contextlib.nullcontext() if known else refused:
+        rollout.generate([Side(tiny.llama(0))], None, ids, mask, with_ref=False, **SHORT)

@@ -1,0 +1,217 @@
+"""What mutants of ``nlhf.tabular`` got past every other test."""
+
+import math
+from decimal import Decimal, localcontext
+from fractions import Fraction
+
+import pytest
+import torch
+
+from nlhf import tabular
+from nlhf.tabular import equilibrium, fixtures, matrix_game, solvers
+from tests.test_tabular import random_game, random_policy
+from tests.test_tabular_solvers import last
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def lead(game, p):
+    """(P - 1/2) p in fractions."""
+    q = [Fraction(x) for x in p.tolist()]
+    rows = [[Fraction(w) - Fraction(1, 2) for w in row] for row in game.preference.tolist()]
+    return [sum(w * x for w, x in zip(row, q, strict=True)) for row in rows]
+
+
+@pytest.mark.parametrize("actions", [3, 40])
+def test_the_cancellation_against_one_half_is_nearly_exact(actions):
+    """Against fractions, which round nothing; near an equilibrium what is left is tiny."""
+    game = random_game(actions, 0.1)
+    p = tabular.solve(game).policy.exp()
+    p = p / p.sum()
+    found = equilibrium._lead(game, p)
+    exact = lead(game, p)
+    low = (p - (p * 2**27).round() / 2**27).abs().sum()
+    bound = actions * 2.0**-53 * (2 * low + 2.0**-25)
+    assert bound < 1e-21
+    off = (found - torch.tensor([float(x) for x in exact], dtype=torch.float64)).abs()
+    assert (off <= bound + 2.0**-53 * found.abs()).all()
+
+
+def test_the_rounding_of_the_residual_is_bounded():
+    """Also where an action has next to no probability."""
+    game = random_game(6, 0.05)
+    policy = tabular.normalise(tabular.solve(game).policy - torch.tensor([0, 0, 0, 0, 0, 600.0]))
+    p, found, rounding = equilibrium._residual(game, policy)
+    with localcontext() as context:
+        context.prec = 50
+        exact = [
+            Decimal(a).ln()
+            - Decimal(b).ln()
+            - Decimal(g.numerator) / Decimal(g.denominator) / Decimal(game.tau)
+            for a, b, g in zip(p.tolist(), game.ref.tolist(), lead(game, p), strict=True)
+        ]
+        off = [abs(float(Decimal(a) - b)) for a, b in zip(found.tolist(), exact, strict=True)]
+    assert (torch.tensor(off) <= rounding).all()
+    # a logarithm of 600 has an error of 600 units itself
+    assert (rounding >= 2.0**-53 * policy.abs()).all()
+    assert (rounding < 1e-11).all()
+
+
+def test_what_preferences_lack_of_antisymmetry_widens_the_certificate():
+    # an equilibrium exists for the antisymmetric part alone, and the rest may hide it
+    preference = random_game(4, 0.01).preference.clone()
+    preference[0, 1] += 9e-13
+    game = tabular.MatrixGame(preference, tau=0.01)
+    assert game.asymmetry == pytest.approx(9e-13, rel=1e-3)
+    with pytest.raises(ValueError, match="above the tolerance 1e-12; raise it, or tau"):
+        tabular.solve(game)
+    found = tabular.solve(game, tolerance=1e-9)
+    # half of it, over tau, moves log policy - log best response by so much at either end
+    assert found.distance >= game.asymmetry / 2 / game.tau / 4
+    assert tabular.solve(game.replace(tau=100.0)).distance < 1e-14
+
+
+def test_the_certificate_of_a_context_is_that_of_its_game_alone():
+    game = random_game(5, 0.1, contexts=3)
+    near = tabular.normalise(tabular.solve(game).policy + 1e-3 * random_policy(4, 3, 5))
+    whole = equilibrium._certified(game, near, 0)[0]
+    for x in range(3):
+        one = tabular.MatrixGame(game.preference[x], ref=game.ref[x], tau=0.1)
+        alone = equilibrium._certified(one, near[x], 0)[0]
+        torch.testing.assert_close(whole.residual[x], alone.residual, rtol=1e-9, atol=0)
+        torch.testing.assert_close(whole.distance[x], alone.distance, rtol=1e-9, atol=0)
+
+
+# games
+
+
+@pytest.mark.parametrize("shape", [(7, 7), (3, 7, 7)])
+def test_blocks_of_rows_are_small_and_together_all_rows(shape, monkeypatch):
+    monkeypatch.setattr(matrix_game, "_BLOCK", 64)
+    matrix = torch.zeros(shape)
+    blocks = list(matrix_game.row_blocks(matrix))
+    assert [i for rows in blocks for i in range(7)[rows]] == list(range(7))
+    assert all(matrix[..., rows, :].numel() <= 64 for rows in blocks)
+    assert len(blocks) == {1: 1, 3: 3}[matrix.numel() // 49]
+
+
+def test_what_follows_from_a_game_is_neither_asked_for_nor_shown():
+    game = fixtures.dice()
+    for name in ("log_ref", "asymmetry"):
+        assert f"{name}=" not in repr(game)
+        with pytest.raises(TypeError, match="unexpected keyword argument"):
+            tabular.MatrixGame(game.preference, **{name: getattr(game, name)})
+
+
+# games by name
+
+
+def test_games_have_names_for_their_actions():
+    assert fixtures.dice().names == ("die 2-4-9", "die 1-6-8", "die 3-5-7")
+    for make in (fixtures.population, fixtures.three_types, fixtures.elo):
+        assert make().names == ("y1", "y2", "y3")
+    assert fixtures.rock_paper_scissors().names == ("rock", "paper", "scissors")
+    assert fixtures.random(2).names == ("0", "1")
+
+
+def test_what_games_are_made_of_where_nothing_is_said():
+    for made, wanted in (
+        (fixtures.random(), fixtures.random(10, None, 0)),
+        (fixtures.three_types(), fixtures.three_types(0.1)),
+        (fixtures.rock_paper_scissors(), fixtures.rock_paper_scissors(1.0)),
+    ):
+        assert torch.equal(made.preference, wanted.preference)
+        assert made.tau == 0.1
+
+
+def test_random_games_are_uniform_and_may_be_as_small_as_one():
+    assert fixtures.random(1, 1).preference.tolist() == [[[0.5]]]
+    for wrong in ((0, 1), (1, 0)):
+        with pytest.raises(ValueError, match=f"at least 1, got {wrong[0]} and {wrong[1]}"):
+            fixtures.random(*wrong)
+    # as fine as float64 is
+    assert (fixtures.random(9).preference % 2.0**-30 > 0).any()
+    below = fixtures.random(100).preference[tuple(torch.tril_indices(100, 100, -1))]
+    assert below.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert below.var().item() == pytest.approx(1 / 12, rel=0.05)
+
+
+# arguments at the ends of what they may be
+
+# and the solver that does the same
+ENDS = {
+    "no memory": ("nash_ema", {"step": 1.0, "decay": 0.0}, "omd", {"step": 1.0}),
+    "no mixture": ("nash_md_pg", {"step": 1.0, "mixture_coef": 0.0}, "omd", {"step": 1.0}),
+    "one policy back": ("mnpo", {"eta": 2.0, "history": 1}, "dno", {"eta": 2.0}),
+    # (2 pi exp(P))^(1/2)
+    "a magnet that follows": (
+        "mpo",
+        {"step": 1.0, "alpha": 1.0, "period": 1},
+        "sppo",
+        {"eta": 0.5},
+    ),
+    "tau itself": ("inpo", {"eta": 0.2}, "omd", {"step": 5.0}),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_arguments_may_be_at_the_ends_of_their_ranges(name):
+    solver, settings, other, like = ENDS[name]
+    game, start = random_game(4, 0.2), random_policy(2, 4)
+    found = last(getattr(solvers, solver)(game, start=start, **settings), 3)
+    wanted = last(getattr(solvers, other)(game, start=start, **like), 3)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_the_largest_step_of_self_play_is_a_best_response():
+    game = random_game(4, 0.2)
+    before, after = (last(solvers.omd(game, step=5.0), k) for k in (3, 4))
+    torch.testing.assert_close(after, tabular.best_response(game, before))
+
+
+@pytest.mark.parametrize("wrong", [0, -1.0, math.inf, math.nan, "1"])
+def test_a_step_must_be_a_positive_finite_number(wrong):
+    game = random_game(3, 0.2)
+    calls = [
+        lambda: solvers.omd(game, step=wrong),
+        lambda: solvers.nash_mp(game, step=wrong),
+        lambda: solvers.nash_prox(game, step=wrong, inner_steps=1, inner_step=0.1),
+        lambda: solvers.nash_prox(game, step=1.0, inner_steps=1, inner_step=wrong),
+        lambda: solvers.inpo(game, eta=wrong),
+        lambda: solvers.onpo(game, step=wrong),
+        lambda: solvers.mpo(game, step=wrong, alpha=1.0, period=1),
+        lambda: solvers.mpo(game, step=1.0, alpha=wrong, period=1),
+        lambda: solvers.sppo(game, eta=wrong),
+        lambda: solvers.dno(game, eta=wrong),
+        lambda: solvers.mnpo(game, eta=wrong, history=1),
+        lambda: solvers.mnpo_players(game, eta=wrong, n=2),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"must be above 0 and finite, got"):
+            call()
+
+
+def test_shares_and_counts_outside_of_their_ranges_are_refused():
+    game = random_game(3, 0.2)
+    for wrong in (-0.1, 1.1, math.nan, "0"):
+        with pytest.raises(ValueError, match=r"decay must be in \[0, 1\]"):
+            solvers.nash_ema(game, step=1.0, decay=wrong)
+        with pytest.raises(ValueError, match=r"mixture_coef must be in \[0, 1\]"):
+            solvers.nash_md_pg(game, step=1.0, mixture_coef=wrong)
+    for wrong in (0, 1.5):
+        with pytest.raises(ValueError, match="inner_steps must be an integer, at least 1"):
+            solvers.nash_prox(game, step=1.0, inner_steps=wrong, inner_step=0.1)
+        with pytest.raises(ValueError, match="period must be an integer, at least 1"):
+            solvers.mpo(game, step=1.0, alpha=1.0, period=wrong)
+        with pytest.raises(ValueError, match="history must be an integer, at least 1"):
+            solvers.mnpo(game, eta=1.0, history=wrong)
+        with pytest.raises(ValueError, match="n must be an integer, at least 2"):
+            solvers.mnpo_players(game, eta=1.0, n=wrong)
+
+
+def test_players_need_a_start_and_a_game_of_one_shape_each():
+    game = random_game(3, 0.2)
+    with pytest.raises(ValueError, match=r"start must be \(2, ..., Y\), got \(3, 3\)"):
+        solvers.mnpo_players(game, eta=1.0, n=2, start=random_policy(0, 3, 3))
+    with pytest.raises(ValueError, match="games must be one, or 2 of one shape, got 2"):
+        solvers.mnpo_players([game, random_game(4, 0.2)], eta=1.0, n=2)
