@@ -31,6 +31,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 # the files that test a module; others reach it only through these
@@ -216,37 +217,71 @@ def traced(module: str, folder: Path, anew: bool) -> tuple[dict[str, dict], set[
     return tests, modules
 
 
-def jobs(arguments, done: dict[str, dict]) -> Iterator[tuple]:
-    """Path, mutant (None: the original), tests and their seconds, and a key of each."""
+class Job(NamedTuple):
+    """The tests of a mutant, or of the original, and how long each took."""
+
+    path: Path
+    key: str
+    mutant: Any
+    chosen: set[str]
+    known: dict[str, float]
+
+
+def every_mutant(arguments) -> dict[str, dict[Path, dict[str, Any]]]:
+    """By module, file and key: those of the sample."""
     from tests.mutants import mutants
 
-    for module in TESTS:
-        paths = sources(module)
-        if arguments.only:
-            paths = [p for p in paths if any(part in str(p) for part in arguments.only)]
-        if not paths:
+    found = {}
+    for module, path in [(key, path) for key in TESTS for path in sources(key)]:
+        name = str(path.relative_to(ROOT))
+        if arguments.only and not any(part in name for part in arguments.only):
             continue
+        keyed = {}
+        for mutant in mutants(path.read_text(encoding="utf-8")):
+            key = hashlib.sha256(f"{name}\n{mutant.source}".encode()).hexdigest()[:16]
+            # a larger sample has the smaller one in it
+            if random.Random(f"{arguments.seed} {key}").random() < arguments.sample:
+                keyed[key] = mutant
+        found.setdefault(module, {})[path] = keyed
+    return found
+
+
+def jobs(arguments, plan: dict, done: dict[str, dict]) -> Iterator[Job]:
+    """What is not judged yet, each file's original first."""
+    for module, files in plan.items():
         tests, modules = traced(module, arguments.out.parent, arguments.trace)
         known = {name: test["seconds"] for name, test in tests.items()}
-        for path in paths:
-            name, text = str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
+        preload(modules)
+        for path, keyed in files.items():
+            name = str(path.relative_to(ROOT))
             ran = {test: set(found["lines"].get(name, [])) for test, found in tests.items()}
             users = {test.partition("::")[0] for test, lines in ran.items() if lines}
             # what is run when the module is imported is for all tests of a file that uses it
             every = {test for test in tests if test.partition("::")[0] in users}
-            found = []
-            for mutant in mutants(text):
-                key = hashlib.sha256(f"{name}\n{mutant.source}".encode()).hexdigest()[:16]
-                # a larger sample has the smaller one in it
-                take = random.Random(f"{arguments.seed} {key}").random() < arguments.sample
-                if take and done.get(key, {}).get("verdict") in (None, *arguments.again):
-                    found.append((mutant, key))
-            preload(modules)
-            for mutant, key in [(None, ""), *found] if found else []:
+            skipped = {None, *arguments.again}
+            left = {k: m for k, m in keyed.items() if done.get(k, {}).get("verdict") in skipped}
+            for key, mutant in ({"": None} | left if left else {}).items():
                 chosen = every
                 if mutant is not None and mutant.lines is not None:
                     chosen = {t for t, lines in ran.items() if not lines.isdisjoint(mutant.lines)}
-                yield path, mutant, fastest(chosen, known, arguments.seconds), known, key
+                yield Job(path, key, mutant, fastest(chosen, known, arguments.seconds), known)
+
+
+def judged(out: Path) -> dict[str, dict]:
+    """The last row of each mutant."""
+    rows = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
+    return {row["key"]: row for row in map(json.loads, rows)}
+
+
+def table(plan: dict, done: dict[str, dict]) -> Iterator[str]:
+    """How many mutants there are and what became of them, by file."""
+    verdicts = ("killed", "timed out", "survived")
+    yield f"| module | mutants | judged | {' | '.join(verdicts)} |"
+    yield "|---" * 6 + "|"
+    for path, keyed in ((p, keyed) for files in plan.values() for p, keyed in files.items()):
+        counts = Counter(done[key]["verdict"] for key in keyed if key in done)
+        cells = [path.relative_to(ROOT), len(keyed), counts.total(), *(counts[v] for v in verdicts)]
+        yield f"| {' | '.join(map(str, cells))} |"
 
 
 def main() -> int:
@@ -263,36 +298,34 @@ def main() -> int:
     os.chdir(ROOT)
     out = arguments.out
     out.parent.mkdir(parents=True, exist_ok=True)
-    rows = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
-    done = {row["key"]: row for row in map(json.loads, rows)}
-    counts, running = Counter(), {}
+    plan, running = every_mutant(arguments), {}
 
     def collect() -> None:
         process, status = os.wait()
-        path, mutant, key, reading, start = running.pop(process)
-        name, last = str(path.relative_to(ROOT)), (said(reading) or [""])[-1]
-        if mutant is None:
+        job, reading, start = running.pop(process)
+        name, last = str(job.path.relative_to(ROOT)), (said(reading) or [""])[-1]
+        if job.mutant is None:
             if verdict(status) != "survived":
                 raise SystemExit(f"mutate: {last} fails on {name} without any change")
             return
-        row = {"key": key, "module": name, "verdict": verdict(status), "test": last}
+        row = {"key": job.key, "module": name, "verdict": verdict(status), "test": last}
         row["seconds"] = round(time.monotonic() - start, 2)
-        row |= {"line": mutant.line, "before": mutant.before, "after": mutant.after}
+        line, _, before, after, _ = job.mutant
+        row |= {"line": line, "before": before, "after": after}
         with open(out, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        counts[row["verdict"]] += 1
         if row["verdict"] == "survived":
-            sys.stdout.write(f"{name}:{mutant.line}: {mutant.before} => {mutant.after}\n")
+            sys.stdout.write(f"{name}:{line}: {before} => {after}\n")
 
-    for path, mutant, chosen, known, key in jobs(arguments, done):
+    for job in jobs(arguments, plan, judged(out)):
         while len(running) >= arguments.jobs:
             collect()
-        source = mutant.source if mutant else path.read_text(encoding="utf-8")
-        process, reading = judge(path, source, chosen, known)
-        running[process] = (path, mutant, key, reading, time.monotonic())
+        source = job.mutant.source if job.mutant else job.path.read_text(encoding="utf-8")
+        process, reading = judge(job.path, source, job.chosen, job.known)
+        running[process] = (job, reading, time.monotonic())
     while running:
         collect()
-    sys.stdout.write(", ".join(f"{n} {verdict}" for verdict, n in counts.items()) + "\n")
+    sys.stdout.write("\n".join(table(plan, judged(out))) + "\n")
     return 0
 
 

@@ -101,3 +101,26 @@ def test_preferences_are_taken_to_the_device_of_the_tokens():
     losses.nash_md_pg(LLAMA, OTHER, PAIR, elsewhere, tau=0.1)
     losses.contrast(LLAMA, PAIR, elsewhere, anchors=[ANCHOR], **IPO)
     assert asked == [PAIR.y.tokens.device] * 2
+
+
+FROZEN = {
+    "frozen_logprobs": lambda m, **more: losses.frozen_logprobs(m, PAIR, PAIR.y, 1.0, **more),
+    "score": lambda m, **more: losses.score(m, OTHER, PAIR, PAIR.y, **more)[0],
+    "ref_logits": lambda m, **more: losses.ref_logits(LLAMA, m, PAIR, PAIR.y, **more),
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_what_is_frozen_is_read_in_padded_rows_without_a_graph_or_dropout(name):
+    model = tiny.gpt2(0, attn_pdrop=0.5, resid_pdrop=0.5).train()
+    shapes, graphs = shapes_of_calls(model), []
+    model.register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
+    first, second = (FROZEN[name](model) for _ in range(2))
+    assert torch.equal(first, second)
+    assert graphs == [False] * 2
+    assert {rows for rows, _ in shapes} == {len(WINS)}
+    assert model.training
+    assert not first.requires_grad
+    if name != "ref_logits":
+        torch.testing.assert_close(FROZEN[name](model, packing=True), first)
+        assert shapes[-1][0] == 1

@@ -112,3 +112,21 @@ def test_every_word_of_the_vocabulary_may_stand_in_a_prompt_and_no_other(word, k
     refused = pytest.raises(ValueError, match=rf"input_ids must be in \[0, {tiny.V}\), got")
     with contextlib.nullcontext() if known else refused:
         rollout.generate([Side(tiny.llama(0))], None, ids, mask, with_ref=False, **SHORT)
+
+
+def test_prompt_and_response_must_fit_and_may_fill_the_context():
+    model = tiny.llama(0, max_position_embeddings=8)
+    for count, refused in ((3, False), (4, True)):
+        settings = SHORT | {"max_new_tokens": count, "with_ref": False}
+        wanted = pytest.raises(ValueError, match="over the context of 8; shorten one of the two")
+        with wanted if refused else contextlib.nullcontext():
+            rollout.generate([Side(model)], None, *BATCH, **settings)
+
+
+def test_models_must_have_one_vocabulary_and_be_where_the_prompts_are():
+    larger = tiny.llama(1, vocab_size=tiny.V + 1)
+    with pytest.raises(ValueError, match="vocabular"):
+        rollout.generate([Side(tiny.llama(0))], larger, *BATCH, **SHORT)
+    away = tiny.llama(0).to("meta")
+    with pytest.raises(ValueError, match="input_ids must be on meta like the model, got int64"):
+        rollout.generate([Side(away)], None, *BATCH, with_ref=False, **SHORT)

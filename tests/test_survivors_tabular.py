@@ -1,6 +1,7 @@
 """What mutants of ``nlhf.tabular`` got past every other test."""
 
 import math
+import re
 from decimal import Decimal, localcontext
 from fractions import Fraction
 
@@ -215,3 +216,24 @@ def test_players_need_a_start_and_a_game_of_one_shape_each():
         solvers.mnpo_players(game, eta=1.0, n=2, start=random_policy(0, 3, 3))
     with pytest.raises(ValueError, match="games must be one, or 2 of one shape, got 2"):
         solvers.mnpo_players([game, random_game(4, 0.2)], eta=1.0, n=2)
+
+
+@pytest.mark.parametrize("name", tabular.SOLVERS)
+def test_the_table_of_solvers_says_what_they_are(name, monkeypatch):
+    asked = []
+    wins = tabular.MatrixGame.wins
+
+    def counted(self, policy):
+        asked.append(policy)
+        return wins(self, policy)
+
+    solver = tabular.solver(name)
+    assert solver.name == name
+    assert solver.function.__name__ == name.removesuffix("_constant")
+    assert solver.limit in tabular.LIMITS
+    assert re.fullmatch(r".*(19|20)\d\d\b.*", solver.citation)
+    policies = solver.run(random_game(4, 0.2))
+    next(policies)
+    monkeypatch.setattr(tabular.MatrixGame, "wins", counted)
+    next(policies)
+    assert len(asked) == solver.queries
