@@ -124,3 +124,42 @@ def test_what_is_frozen_is_read_in_padded_rows_without_a_graph_or_dropout(name):
     if name != "ref_logits":
         torch.testing.assert_close(FROZEN[name](model, packing=True), first)
         assert shapes[-1][0] == 1
+
+
+def test_a_score_is_of_the_reference_that_is_given_and_not_of_the_base():
+    model = tiny.with_lora(tiny.llama(2))
+    shapes = shapes_of_calls(model)
+    for ref, base in ((OTHER, OTHER), (None, tiny.llama(2))):
+        wanted = losses.frozen_logprobs(base, PAIR, PAIR.y, 1.0)
+        torch.testing.assert_close(losses.score(model, ref, PAIR, PAIR.y)[1], wanted)
+        shapes.clear()
+        packed = losses.score(model, ref, PAIR, PAIR.y, packing=True)
+        torch.testing.assert_close(packed[1], wanted)
+        # packed, rows of policy and reference cannot be told from each other
+        assert {rows for rows, _ in shapes} == {1}
+
+
+@pytest.mark.parametrize("head", ["logits", "fused"])
+def test_every_reading_takes_hidden_states_or_logits_as_it_is_told(head):
+    model, ref, adapted = tiny.llama(0), tiny.llama(1), tiny.with_lora(tiny.llama(0))
+    rows = []
+    for one in (model, ref, adapted.base_model.model):
+        one.lm_head.register_forward_hook(lambda *_: rows.append(1))
+    y = Completion(PAIR.y.tokens, PAIR.y.mask)
+    pair = Pair(PAIR.input_ids, PAIR.attention_mask, y, PAIR.y_other)
+    readings = {
+        "exact": (
+            lambda: losses.nash_md_pg(model, ref, pair, WINS, tau=0.1, kl="exact", head=head),
+            2,
+        ),
+        "first": (lambda: losses.nash_md_pg(model, ref, pair, WINS, tau=0.1, head=head), 2),
+        "pair": (lambda: losses.contrast(model, PAIR, WINS, anchors=[ANCHOR], head=head, **IPO), 2),
+        "frozen": (lambda: losses.frozen_logprobs(model, PAIR, y, 1.0, head=head), 1),
+        "score": (lambda: losses.score(model, ref, PAIR, y, head=head), 2),
+        "base": (lambda: losses.score(adapted, None, PAIR, y, head=head), 1),
+    }
+    for name, (reading, count) in readings.items():
+        rows.clear()
+        reading()
+        # the model's own head runs for logits alone
+        assert len(rows) == (count if head == "logits" else 0), name
