@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from nlhf import algorithms, config, players, tabular
-from nlhf.algorithms import ALGORITHMS, LIMITS
+from nlhf.algorithms import ALGORITHMS, LIMITS, REF, Algorithm, Phase
 from nlhf.config import Config
 from tests.test_tabular import random_game
 
@@ -101,3 +101,12 @@ def test_the_limits_are_the_fixed_points_that_their_names_say():
 def test_tau_may_be_eta_where_a_step_is_bounded_by_it():
     for name in ("inpo", "mnpo"):
         algorithms.check(config.Config(algorithm=name, tau=0.2, eta=0.2, inner_steps=1))
+
+
+def test_the_copies_are_those_of_every_phase_and_of_who_answers():
+    phases = (
+        Phase("b", anchors=(REF, ("c", "1"))),
+        Phase("policy", anchors=(("mixture", "1"),), then=(("d", "policy"),)),
+    )
+    made = Algorithm(phases, "mixture", "nobody", sampler="a")
+    assert made.copies == ["a", "b", "c", "d"]

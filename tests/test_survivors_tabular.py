@@ -170,44 +170,66 @@ def test_the_largest_step_of_self_play_is_a_best_response():
     torch.testing.assert_close(after, tabular.best_response(game, before))
 
 
-@pytest.mark.parametrize("wrong", [0, -1.0, math.inf, math.nan, "1"])
-def test_a_step_must_be_a_positive_finite_number(wrong):
-    game = random_game(3, 0.2)
-    calls = [
-        lambda: solvers.omd(game, step=wrong),
-        lambda: solvers.nash_mp(game, step=wrong),
-        lambda: solvers.nash_prox(game, step=wrong, inner_steps=1, inner_step=0.1),
-        lambda: solvers.nash_prox(game, step=1.0, inner_steps=1, inner_step=wrong),
-        lambda: solvers.inpo(game, eta=wrong),
-        lambda: solvers.onpo(game, step=wrong),
-        lambda: solvers.mpo(game, step=wrong, alpha=1.0, period=1),
-        lambda: solvers.mpo(game, step=1.0, alpha=wrong, period=1),
-        lambda: solvers.sppo(game, eta=wrong),
-        lambda: solvers.dno(game, eta=wrong),
-        lambda: solvers.mnpo(game, eta=wrong, history=1),
-        lambda: solvers.mnpo_players(game, eta=wrong, n=2),
-    ]
-    for call in calls:
-        with pytest.raises(ValueError, match=r"must be above 0 and finite, got"):
-            call()
+# every solver with arguments that it takes, and the kind of each
+CALLS = {
+    "nash_md": {"step": 1.0},
+    "omd": {"step": 1.0},
+    "nash_ema": {"step": 1.0, "decay": 0.5},
+    "nash_mp": {"step": 1.0},
+    "nash_prox": {"step": 1.0, "inner_steps": 1, "inner_step": 0.1},
+    "egpo": {"step": 1.0},
+    "inpo": {"eta": 1.0},
+    "nash_md_pg": {"step": 1.0, "mixture_coef": 0.5},
+    "onpo": {"step": 1.0},
+    "mpo": {"step": 1.0, "alpha": 1.0, "period": 1},
+    "sppo": {"eta": 1.0},
+    "dno": {"eta": 1.0},
+    "mnpo": {"eta": 1.0, "history": 1},
+    "mnpo_players": {"eta": 1.0, "n": 2},
+    "best_response": {},
+    "rlhf": {},
+}
+POSITIVE = ("must be above 0 and finite, got", [0, -1.0, math.inf, math.nan, "1"])
+SHARE = (r"must be in \[0, 1\], got", [-0.1, 1.1, math.nan, "0"])
+COUNT = ("must be an integer, at least 1, got", [0, 1.5])
+KINDS = dict.fromkeys(["step", "eta", "alpha"], POSITIVE)
+KINDS |= dict.fromkeys(["decay", "mixture_coef"], SHARE)
+KINDS |= dict.fromkeys(["inner_steps", "period", "history"], COUNT)
+KINDS |= {"n": ("must be an integer, at least 2, got", [1, 2.5])}
+# step * tau is at most 1
+BOUNDED = ("nash_md", "omd", "nash_ema", "egpo", "nash_md_pg")
+ORIGINAL = ("onpo", "mpo", "sppo", "dno", "mnpo", "mnpo_players")
 
 
-def test_shares_and_counts_outside_of_their_ranges_are_refused():
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_wrong_with_a_call_is_said_at_once_in_the_name_of_the_solver(name):
+    game, good = random_game(3, 0.2), CALLS[name]
+    call = getattr(solvers, name)
+    call(game, **good)
+    for argument in good.keys() & KINDS.keys():
+        message, values = KINDS[argument]
+        for wrong in values:
+            with pytest.raises(ValueError, match=f"^{name}: {argument} {message} {wrong!r}"):
+                call(game, **good | {argument: wrong})
+    with pytest.raises(ValueError, match=rf"^{name}: a policy must be float64 .*, 3\), got"):
+        call(game, start=torch.zeros(2, 3), **good)
+    if name in BOUNDED:
+        with pytest.raises(ValueError, match=rf"^{name}: step \* tau .* a step of at most 5$"):
+            call(game, **good | {"step": 5.1})
+    if name in ORIGINAL:
+        call(game.replace(tau=0.0), **good)
+    else:
+        with pytest.raises(ValueError, match=f"^{name}: tau must be above 0, got 0.0"):
+            call(game.replace(tau=0.0), **good)
+
+
+def test_the_inner_steps_of_nash_prox_are_bounded_by_their_own_tau():
     game = random_game(3, 0.2)
-    for wrong in (-0.1, 1.1, math.nan, "0"):
-        with pytest.raises(ValueError, match=r"decay must be in \[0, 1\]"):
-            solvers.nash_ema(game, step=1.0, decay=wrong)
-        with pytest.raises(ValueError, match=r"mixture_coef must be in \[0, 1\]"):
-            solvers.nash_md_pg(game, step=1.0, mixture_coef=wrong)
-    for wrong in (0, 1.5):
-        with pytest.raises(ValueError, match="inner_steps must be an integer, at least 1"):
-            solvers.nash_prox(game, step=1.0, inner_steps=wrong, inner_step=0.1)
-        with pytest.raises(ValueError, match="period must be an integer, at least 1"):
-            solvers.mpo(game, step=1.0, alpha=1.0, period=wrong)
-        with pytest.raises(ValueError, match="history must be an integer, at least 1"):
-            solvers.mnpo(game, eta=1.0, history=wrong)
-        with pytest.raises(ValueError, match="n must be an integer, at least 2"):
-            solvers.mnpo_players(game, eta=1.0, n=wrong)
+    # two anchors of one strength
+    solvers.nash_prox(game, step=1.0, inner_steps=1, inner_step=2.5)
+    for wrong, message in ((2.6, r"step \* tau must be at most 1"), (0.0, "step must be above 0")):
+        with pytest.raises(ValueError, match=f"^nash_prox: inner self-play: {message}"):
+            solvers.nash_prox(game, step=1.0, inner_steps=1, inner_step=wrong)
 
 
 def test_players_need_a_start_and_a_game_of_one_shape_each():
@@ -237,3 +259,28 @@ def test_the_table_of_solvers_says_what_they_are(name, monkeypatch):
     monkeypatch.setattr(tabular.MatrixGame, "wins", counted)
     next(policies)
     assert len(asked) == solver.queries
+
+
+# rewards
+
+
+def test_a_fit_is_right_for_every_action_or_refused():
+    """Also for one that is sampled once in a million million times."""
+    fitted, refused = 0, 0
+    for seed in (*range(20), 73, 84):
+        generator = torch.Generator().manual_seed(seed)
+        wins = torch.rand(4, 4, generator=generator, dtype=torch.float64) ** 6
+        wins = wins.tril(-1) + (1 - wins).mT.triu(1) + 0.5 * torch.eye(4)
+        game = tabular.MatrixGame(wins)
+        noise = torch.randn(4, generator=generator, dtype=torch.float64)
+        sampling = tabular.normalise(8 * noise)
+        try:
+            reward = tabular.bradley_terry(game, sampling)
+        except ValueError as error:
+            refused += "no fit, P(y > sampling) is off by" in str(error)
+            continue
+        model = (reward[:, None] - reward).sigmoid() @ sampling.exp()
+        torch.testing.assert_close(model, game.wins(sampling), rtol=0, atol=1e-9)
+        fitted += 1
+    assert fitted >= 15
+    assert refused
