@@ -163,3 +163,15 @@ def test_every_reading_takes_hidden_states_or_logits_as_it_is_told(head):
         reading()
         # the model's own head runs for logits alone
         assert len(rows) == (count if head == "logits" else 0), name
+
+
+def test_logits_of_a_response_are_those_that_its_tokens_were_drawn_from():
+    y = PAIR.y
+    for logits, wanted in (
+        (losses.response_logits(LLAMA, PAIR, y), y.policy_logprobs),
+        (losses.ref_logits(LLAMA, OTHER, PAIR, y), y.ref_logprobs),
+    ):
+        assert logits.shape == (*y.tokens.shape, tiny.V)
+        found = logits.log_softmax(-1).gather(-1, y.tokens[..., None])[..., 0]
+        torch.testing.assert_close(found[y.mask], wanted[y.mask])
+    assert losses.response_logits(LLAMA, PAIR, y).requires_grad
