@@ -284,3 +284,17 @@ def test_a_fit_is_right_for_every_action_or_refused():
         fitted += 1
     assert fitted >= 15
     assert refused
+
+
+def test_newton_steps_are_counted_polish_included(monkeypatch):
+    asked, newton, path = [], equilibrium._newton, equilibrium._path
+    # a rough end of the path, so that polish has to follow
+    rough = fixtures.random(6, tau=0.05)
+    start = tabular.normalise(tabular.solve(rough).policy + 1e-3 * random_policy(1, 6))
+    monkeypatch.setattr(equilibrium, "_newton", lambda *args: asked.append(1) or newton(*args))
+    for way, least in ((path, 3), (lambda game: (start, 0), 2)):
+        asked.clear()
+        monkeypatch.setattr(equilibrium, "_path", way)
+        found = tabular.solve(rough)
+        assert found.iterations == len(asked) >= least
+        assert found.distance <= 1e-12
