@@ -10,7 +10,7 @@ import torch
 
 from nlhf import tabular
 from nlhf.tabular import equilibrium, fixtures, matrix_game, solvers
-from tests.test_tabular import random_game, random_policy
+from tests.test_tabular import hard_games, random_game, random_policy
 from tests.test_tabular_solvers import last
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -298,3 +298,18 @@ def test_newton_steps_are_counted_polish_included(monkeypatch):
         found = tabular.solve(rough)
         assert found.iterations == len(asked) >= least
         assert found.distance <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("name", "tau", "steps", "products"),
+    # a third more than it takes
+    [("coins", 0.1, 6, 105), ("scored", 0.01, 13, 104), ("uniform noise", 1e-3, 63, 1180)],
+)
+def test_the_path_to_an_equilibrium_is_short(name, tau, steps, products, monkeypatch):
+    asked, product = [], tabular.MatrixGame.product
+    game = tabular.MatrixGame(hard_games()[name], tau=tau)
+    monkeypatch.setattr(
+        tabular.MatrixGame, "product", lambda *args: asked.append(1) or product(*args)
+    )
+    assert tabular.solve(game).iterations <= steps
+    assert len(asked) <= products
