@@ -5,6 +5,7 @@ import re
 from decimal import Decimal, localcontext
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -74,13 +75,17 @@ def test_what_preferences_lack_of_antisymmetry_widens_the_certificate():
 
 def test_the_certificate_of_a_context_is_that_of_its_game_alone():
     game = random_game(5, 0.1, contexts=3)
-    near = tabular.normalise(tabular.solve(game).policy + 1e-3 * random_policy(4, 3, 5))
-    whole = equilibrium._certified(game, near, 0)[0]
-    for x in range(3):
-        one = tabular.MatrixGame(game.preference[x], ref=game.ref[x], tau=0.1)
-        alone = equilibrium._certified(one, near[x], 0)[0]
-        torch.testing.assert_close(whole.residual[x], alone.residual, rtol=1e-9, atol=0)
-        torch.testing.assert_close(whole.distance[x], alone.distance, rtol=1e-9, atol=0)
+    best = tabular.solve(game).policy
+    # near the equilibrium, and at it, where rounding is all that is left
+    for size, tolerance in ((1e-3, 1e-9), (0.0, 0.3)):
+        policy = tabular.normalise(best + size * random_policy(4, 3, 5))
+        whole = equilibrium._certified(game, policy, 0)[0]
+        for x in range(3):
+            one = tabular.MatrixGame(game.preference[x], ref=game.ref[x], tau=0.1)
+            alone = equilibrium._certified(one, policy[x], 0)[0]
+            torch.testing.assert_close(whole.distance[x], alone.distance, rtol=tolerance, atol=0)
+            if size:
+                torch.testing.assert_close(whole.residual[x], alone.residual, rtol=1e-9, atol=0)
 
 
 # games
@@ -313,3 +318,54 @@ def test_the_path_to_an_equilibrium_is_short(name, tau, steps, products, monkeyp
     )
     assert tabular.solve(game).iterations <= steps
     assert len(asked) <= products
+
+
+def test_the_certificate_is_no_wider_than_it_must_be():
+    """Without preferences the equilibrium is the reference; its bounds are met by two actions."""
+    game = tabular.MatrixGame(torch.full((2, 2), 0.5))
+    for off in (1e-3, 1e-6):
+        policy = torch.tensor([0.5 + off, 0.5 - off], dtype=torch.float64).log()
+        found = equilibrium._certified(game, policy, 0)[0]
+        assert off <= found.distance <= off * (1 + 1e-5)
+        assert found.residual.item() == pytest.approx(4 * off, rel=1e-5)
+    # and what is hardly ever played counts for little
+    rare = tabular.MatrixGame(torch.full((2, 2), 0.5), ref=[1 - 1e-6, 1e-6])
+    policy = (rare.ref * torch.tensor([1 - 1e-6, 2.0])).log()
+    bound = equilibrium._certified(rare, tabular.normalise(policy), 0)[0].distance
+    assert 1e-6 <= bound < 1e-3
+
+
+# files
+
+
+def test_archives_and_other_bytes_are_named(tmp_path):
+    path = tmp_path / "game.npy"
+    with open(path, "wb") as file:
+        np.savez(file, np.full((2, 2), 0.5))
+    with pytest.raises(ValueError, match=r"game\.npy: must hold real numbers .*, got an archive"):
+        tabular.read(path)
+    np.save(path, np.zeros(3))
+    with pytest.raises(ValueError, match=r"got float64 \(3,\)"):
+        tabular.read(path)
+    np.save(path, np.array([{"a": 1}]), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"not an array of numbers in .npy format: .*pickle"):
+        tabular.read(path)
+    text = tmp_path / "game.csv"
+    text.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"game\.csv: not a text file with commas"):
+        tabular.read(text)
+
+
+def test_arrays_of_other_numbers_are_read(tmp_path):
+    path = tmp_path / "game.npy"
+    for kind in (">f8", "<f4", ">f2"):
+        np.save(path, np.array([[0.5, 0.75], [0.25, 0.5]], dtype=kind))
+        assert tabular.read(path).preference.tolist() == [[0.5, 0.75], [0.25, 0.5]]
+
+
+def test_a_csv_of_one_action_is_read_as_it_stands(tmp_path):
+    path = tmp_path / "game.csv"
+    for text, names in (("0.5\n", ("0",)), ("good\n0.5\n", ("good",)), ("good,0.5\n", ("good",))):
+        path.write_text(text)
+        game = tabular.read(path)
+        assert (game.preference.tolist(), game.names) == ([[0.5]], names)
