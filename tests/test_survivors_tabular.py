@@ -369,3 +369,26 @@ def test_a_csv_of_one_action_is_read_as_it_stands(tmp_path):
         path.write_text(text)
         game = tabular.read(path)
         assert (game.preference.tolist(), game.names) == ([[0.5]], names)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        # a number among the names of a table whose corner is a word: then nothing is a name
+        ("action,10,x\n10,0.5,0.7\nx,0.3,0.5\n", "line 1, column 1: 'action' is no number"),
+        ("action,x,y\n10,0.5,0.7\ny,0.3,0.5\n", "line 1, column 1: 'action' is no number"),
+        ('""\n', "line 1, column 1: '' is no number"),
+        ("0.5,0.7,0.5,0.1\n0.3,0.5,0.2,0.1\n", "must have as many lines as columns"),
+    ],
+)
+def test_what_is_neither_a_number_nor_a_name_is_named_with_its_file(text, message, tmp_path):
+    path = tmp_path / "game.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"game\.csv: {message}"):
+        tabular.read(path)
+
+
+def test_a_number_is_a_name_under_an_empty_corner(tmp_path):
+    path = tmp_path / "game.csv"
+    path.write_text(",1\n1,0.5\n")
+    assert tabular.read(path).names == ("1",)
