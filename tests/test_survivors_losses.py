@@ -175,3 +175,10 @@ def test_logits_of_a_response_are_those_that_its_tokens_were_drawn_from():
         found = logits.log_softmax(-1).gather(-1, y.tokens[..., None])[..., 0]
         torch.testing.assert_close(found[y.mask], wanted[y.mask])
     assert losses.response_logits(LLAMA, PAIR, y).requires_grad
+
+
+def test_policy_and_base_are_scored_in_one_batch_without_a_graph():
+    model, graphs = tiny.with_lora(tiny.llama(0)), []
+    model.register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
+    losses.score(model, None, PAIR, PAIR.y)
+    assert graphs == [False]

@@ -120,6 +120,15 @@ def test_games_have_names_for_their_actions():
     assert fixtures.random(2).names == ("0", "1")
 
 
+@pytest.mark.parametrize("name", tabular.GAMES)
+def test_every_game_takes_tau_and_reference(name):
+    actions = tabular.game(name).actions
+    ref = random_policy(0, actions).exp()
+    game = tabular.game(name, tau=2.0, ref=ref)
+    assert game.tau == 2.0
+    torch.testing.assert_close(game.ref, ref)
+
+
 def test_what_games_are_made_of_where_nothing_is_said():
     for made, wanted in (
         (fixtures.random(), fixtures.random(10, None, 0)),
