@@ -401,3 +401,11 @@ def test_a_number_is_a_name_under_an_empty_corner(tmp_path):
     path = tmp_path / "game.csv"
     path.write_text(",1\n1,0.5\n")
     assert tabular.read(path).names == ("1",)
+
+
+def test_games_and_solvers_are_called_what_the_page_calls_them():
+    names = {"dice", "population", "three-types", "elo", "rock-paper-scissors", "random"}
+    assert set(tabular.GAMES) == names
+    assert set(tabular.SOLVERS) == CALLS.keys() - {"mnpo_players"} | {"nash_md_constant"}
+    unsettled = {name for name, s in tabular.SOLVERS.items() if s.target(fixtures.elo()) is None}
+    assert unsettled == {"onpo", "mpo", "sppo", "dno", "mnpo"}
