@@ -182,3 +182,14 @@ def test_policy_and_base_are_scored_in_one_batch_without_a_graph():
     model.register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
     losses.score(model, None, PAIR, PAIR.y)
     assert graphs == [False]
+
+
+@pytest.mark.parametrize("kl", ["exact", "reward_to_go"])
+def test_the_reference_has_neither_a_graph_nor_a_gradient(kl):
+    ref, graphs = tiny.llama(1), []
+    ref.register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
+    y = Completion(PAIR.y.tokens, PAIR.y.mask)
+    pair = Pair(PAIR.input_ids, PAIR.attention_mask, y, y)
+    losses.nash_md_pg(tiny.llama(0), ref, pair, WINS, tau=0.1, kl=kl).loss.backward()
+    assert graphs == [False]
+    assert all(x.grad is None for x in ref.parameters())

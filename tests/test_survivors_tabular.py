@@ -409,3 +409,19 @@ def test_games_and_solvers_are_called_what_the_page_calls_them():
     assert set(tabular.SOLVERS) == CALLS.keys() - {"mnpo_players"} | {"nash_md_constant"}
     unsettled = {name for name, s in tabular.SOLVERS.items() if s.target(fixtures.elo()) is None}
     assert unsettled == {"onpo", "mpo", "sppo", "dno", "mnpo"}
+
+
+@pytest.mark.parametrize("tau", [0.02, 0.3, 2.0])
+def test_the_default_step_of_self_play_is_the_best_in_the_worst_game(tau):
+    game = fixtures.dice(tau=tau)
+    best = tabular.SOLVERS["omd"].defaults(game)["step"]
+
+    def rate(step):
+        # one step near the equilibrium, where the payoffs turn the policy the most
+        return abs(1 - step * tau + 1j * step / 8**0.5)
+
+    assert rate(best) < min(rate(0.99 * best), rate(1.01 * best))
+    # the inner game of Nash Prox has two anchors
+    prox = tabular.SOLVERS["nash_prox"].defaults(game)
+    inner = game.replace(tau=tau * (1 + 1 / prox["step"]))
+    assert prox["inner_step"] == pytest.approx(tabular.SOLVERS["omd"].defaults(inner)["step"])
