@@ -1,5 +1,7 @@
 """What mutants of ``nlhf.algorithms`` got past every other test."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -110,3 +112,17 @@ def test_the_copies_are_those_of_every_phase_and_of_who_answers():
     )
     made = Algorithm(phases, "mixture", "nobody", sampler="a")
     assert made.copies == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_phase_names_strengths_and_players_that_there_are(name):
+    algorithm = ALGORITHMS[name]
+    players_of = {"policy", "mixture", "ref", *algorithm.copies}
+    for phase in algorithm.phases:
+        assert {strength for _, strength in phase.anchors} <= algorithms.STRENGTHS.keys()
+        named = {phase.opponent, algorithm.sampler, *(player for player, _ in phase.anchors)}
+        assert named <= players_of
+        # what a copy is made of is there as well
+        assert {source for _, source in phase.then} <= players_of
+    assert algorithm.limit in LIMITS
+    assert set(algorithm.needs) <= {field.name for field in dataclasses.fields(Config)}
