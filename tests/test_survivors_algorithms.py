@@ -126,3 +126,8 @@ def test_every_phase_names_strengths_and_players_that_there_are(name):
         assert {source for _, source in phase.then} <= players_of
     assert algorithm.limit in LIMITS
     assert set(algorithm.needs) <= {field.name for field in dataclasses.fields(Config)}
+
+
+def test_the_mixture_coefficient_may_fall_to_nothing_and_does_so_in_two_steps():
+    falling = Config(mixture_coef=0.5, mixture_coef_last=0.0, steps=2)
+    assert [algorithms.mixture_coef(falling, k) for k in range(2)] == [0.5, 0.0]
