@@ -256,14 +256,13 @@ def jobs(arguments, plan: dict, done: dict[str, dict]) -> Iterator[Job]:
             name = str(path.relative_to(ROOT))
             ran = {test: set(found["lines"].get(name, [])) for test, found in tests.items()}
             users = {test.partition("::")[0] for test, lines in ran.items() if lines}
-            # what is run when the module is imported is for all tests of a file that uses it
             every = {test for test in tests if test.partition("::")[0] in users}
             skipped = {None, *arguments.again}
             left = {k: m for k, m in keyed.items() if done.get(k, {}).get("verdict") in skipped}
             for key, mutant in ({"": None} | left if left else {}).items():
-                chosen = every
-                if mutant is not None and mutant.lines is not None:
-                    chosen = {t for t, lines in ran.items() if not lines.isdisjoint(mutant.lines)}
+                lines = mutant.lines if mutant and mutant.lines else ()
+                # no test runs what is run by the import itself, as a decorator is
+                chosen = {t for t, own in ran.items() if not own.isdisjoint(lines)} or every
                 yield Job(path, key, mutant, fastest(chosen, known, arguments.seconds), known)
 
 
