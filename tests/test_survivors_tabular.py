@@ -425,3 +425,54 @@ def test_the_default_step_of_self_play_is_the_best_in_the_worst_game(tau):
     prox = tabular.SOLVERS["nash_prox"].defaults(game)
     inner = game.replace(tau=tau * (1 + 1 / prox["step"]))
     assert prox["inner_step"] == pytest.approx(tabular.SOLVERS["omd"].defaults(inner)["step"])
+
+
+def two_by_three(ref=None):
+    """A game with contexts in two dimensions, and the same in one."""
+    flat = random_game(4, 0.2, contexts=6)
+    ref = flat.ref if ref is None else ref
+    deep = ref.reshape(2, 3, 4) if ref.dim() > 1 else ref
+    return (
+        tabular.MatrixGame(flat.preference.reshape(2, 3, 4, 4), ref=deep, tau=0.2),
+        tabular.MatrixGame(flat.preference, ref=ref, tau=0.2),
+    )
+
+
+@pytest.mark.parametrize("ref", [None, random_policy(5, 4).exp()], ids=["own", "shared"])
+def test_contexts_may_have_several_dimensions(ref):
+    deep, flat = two_by_three(ref)
+    assert deep.actions == 4
+    assert deep.names == ("0", "1", "2", "3")
+    policy, other = random_policy(1, 6, 4), random_policy(2, 6, 4)
+    shared = random_policy(3, 4)
+
+    def measures(game, shape):
+        pi, rho = policy.reshape(*shape, 4), other.reshape(*shape, 4)
+        found = tabular.solve(game)
+        yield from (found.policy, found.residual.clamp(min=1e-9), game.ref, game.wins(pi))
+        yield from (game.wins(shared), game.value(pi, rho), game.value(pi, rho, 0.0))
+        yield from (tabular.kl(pi, rho), tabular.span(pi, rho), tabular.best_response(game, pi))
+        yield from (tabular.exploitability(game, pi), tabular.exploitability(game, pi, 0.0))
+        yield from (tabular.duality_gap(game, pi, rho), tabular.pure_exploitability(game))
+        yield from (tabular.bradley_terry(game), tabular.rlhf(game, pi))
+        yield tabular.nash_md_pg_limit(game, 0.3)
+        for name, solver in tabular.SOLVERS.items():
+            start = pi if name != "rlhf" else None
+            yield last(solver.run(game, start=start), 3)
+
+    for one, two in zip(measures(deep, (2, 3)), measures(flat, (6,)), strict=True):
+        assert one.shape[:2] == (2, 3)
+        torch.testing.assert_close(one.reshape(two.shape), two, rtol=1e-9, atol=1e-12)
+
+
+def test_a_wrong_entry_in_several_dimensions_of_contexts_is_named():
+    preference = two_by_three()[0].preference.clone()
+    preference[1, 2, 3, 0] = 2.0
+    with pytest.raises(ValueError, match=r"preference\[1, 2, (3, 0|0, 3)\]"):
+        tabular.MatrixGame(preference)
+    ref = torch.full((2, 3, 4), 0.25)
+    ref[1, 2, 3] = -1.0
+    with pytest.raises(ValueError, match=r"ref must be .* got -1.0 at \[1, 2, 3\]"):
+        two_by_three()[0].replace(ref=ref)
+    with pytest.raises(ValueError, match=r"shape \(2, 3, 4\) or \(4,\), got \(3, 4\)"):
+        two_by_three()[0].replace(ref=torch.full((3, 4), 0.25))
