@@ -47,7 +47,14 @@ TESTS = {
     ],
     "algorithms": ["survivors_algorithms", "algorithms", "importance", "served_training"],
     "rollout": ["survivors_rollout", "rollout", "decoding", "policy", "missing_eos"],
-    "tabular/": ["survivors_tabular", "tabular", "tabular_fixtures", "tabular_solvers", "solve"],
+    "tabular/": [
+        "survivors_tabular",
+        "survivors_solvers",
+        "tabular",
+        "tabular_fixtures",
+        "tabular_solvers",
+        "solve",
+    ],
 }
 OPTIONS = ["-q", "-x", "-p", "no:cacheprovider"]
 MEMORY = 16 * 2**30
