@@ -111,8 +111,10 @@ def test_the_inner_steps_of_nash_prox_are_bounded_by_their_own_tau():
 
 def test_players_need_a_start_and_a_game_of_one_shape_each():
     game = random_game(3, 0.2)
-    with pytest.raises(ValueError, match=r"start must be \(2, ..., Y\), got \(3, 3\)"):
-        solvers.mnpo_players(game, eta=1.0, n=2, start=random_policy(0, 3, 3))
+    for n, given in ((2, 3), (3, 2)):
+        message = rf"start must be \({n}, ..., Y\), got \({given}, 3\)"
+        with pytest.raises(ValueError, match=message):
+            solvers.mnpo_players(game, eta=1.0, n=n, start=random_policy(0, given, 3))
     with pytest.raises(ValueError, match="games must be one, or 2 of one shape, got 2"):
         solvers.mnpo_players([game, random_game(4, 0.2)], eta=1.0, n=2)
 

@@ -342,3 +342,14 @@ def test_a_wrong_entry_in_several_dimensions_of_contexts_is_named():
         two_by_three()[0].replace(ref=ref)
     with pytest.raises(ValueError, match=r"shape \(2, 3, 4\) or \(4,\), got \(3, 4\)"):
         two_by_three()[0].replace(ref=torch.full((3, 4), 0.25))
+
+
+def test_what_needs_regularisation_says_so_in_its_own_name():
+    game = fixtures.dice(tau=0.0)
+    for name in ("solve", "best_response", "rlhf"):
+        with pytest.raises(ValueError, match=f"^{name}: tau must be above 0, got 0.0"):
+            getattr(tabular, name)(game)
+    with pytest.raises(ValueError, match=r"^nash_md_pg_limit: tau must be above 0, got 0.0"):
+        tabular.nash_md_pg_limit(game, 0.5)
+    with pytest.raises(ValueError, match="tau must be a number, at least 0 and finite, got inf"):
+        fixtures.dice(tau=float("inf"))
