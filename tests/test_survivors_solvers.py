@@ -162,3 +162,11 @@ def test_the_default_step_of_self_play_is_the_best_in_the_worst_game(tau):
     prox = tabular.SOLVERS["nash_prox"].defaults(game)
     inner = game.replace(tau=tau * (1 + 1 / prox["step"]))
     assert prox["inner_step"] == pytest.approx(tabular.SOLVERS["omd"].defaults(inner)["step"])
+
+
+def test_best_response_and_rlhf_answer_the_start_that_is_given():
+    game, start = random_game(4, 0.2), random_policy(2, 4)
+    for name in ("best_response", "rlhf"):
+        solver, wanted = getattr(solvers, name), getattr(tabular, name)
+        torch.testing.assert_close(last(solver(game, start=start), 2), wanted(game, start))
+        assert tabular.span(wanted(game, start), wanted(game, game.log_ref)) > 0.1
