@@ -353,3 +353,17 @@ def test_what_needs_regularisation_says_so_in_its_own_name():
         tabular.nash_md_pg_limit(game, 0.5)
     with pytest.raises(ValueError, match="tau must be a number, at least 0 and finite, got inf"):
         fixtures.dice(tau=float("inf"))
+
+
+@pytest.mark.parametrize("size", [0.0599, 0.0601])
+def test_kl_is_precise_on_both_sides_of_where_its_series_ends(size):
+    p, q = (tabular.normalise(torch.tensor([0.0, x], dtype=torch.float64)) for x in (0.0, size))
+    with localcontext() as context:
+        context.prec = 40
+        pairs = list(zip(p.tolist(), q.tolist(), strict=True))
+        total = [sum(Decimal(pair[i]).exp() for pair in pairs) for i in range(2)]
+        exact = sum(
+            Decimal(a).exp() / total[0] * (Decimal(a) - Decimal(b) - (total[0] / total[1]).ln())
+            for a, b in pairs
+        )
+    assert tabular.kl(p, q).item() == pytest.approx(float(exact), rel=1e-12)
