@@ -274,7 +274,7 @@ def test_a_csv_of_one_action_is_read_as_it_stands(tmp_path):
     ("text", "message"),
     [
         # a number among the names of a table whose corner is a word: then nothing is a name
-        ("action,10,x\n10,0.5,0.7\nx,0.3,0.5\n", "line 1, column 1: 'action' is no number"),
+        ("action,10,x\ny,0.5,0.7\nx,0.3,0.5\n", "line 1, column 1: 'action' is no number"),
         ("action,x,y\n10,0.5,0.7\ny,0.3,0.5\n", "line 1, column 1: 'action' is no number"),
         ('""\n', "line 1, column 1: '' is no number"),
         ("0.5,0.7,0.5,0.1\n0.3,0.5,0.2,0.1\n", "must have as many lines as columns"),
