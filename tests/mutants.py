@@ -1,7 +1,7 @@
 """The mutants of a module: its source with one small change each.
 
 mutmut's operators, also in the functions with decorators and the tables at the top of a module,
-which mutmut itself leaves alone, and six more (below). What is no behaviour is left alone:
+which mutmut itself leaves alone, and five more (below). What is no behaviour is left alone:
 annotations, imports, ``__all__``, docstrings, the arguments of decorators, whatever stands in a
 ``raise`` (which is dropped whole instead), and string literals with a space in them, which are text
 for people. Of the changes of a string only the first is made, and of a call no positional argument
