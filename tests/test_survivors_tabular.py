@@ -201,6 +201,7 @@ def test_newton_steps_are_counted_polish_included(monkeypatch):
         monkeypatch.setattr(equilibrium, "_path", way)
         found = tabular.solve(rough)
         assert found.iterations == len(asked) >= least
+        assert found.residual < 1e-9
         assert found.distance <= 1e-12
 
 
@@ -372,3 +373,9 @@ def test_kl_is_precise_on_both_sides_of_where_its_series_ends(size):
 def test_a_sampling_distribution_of_another_kind_is_refused():
     with pytest.raises(ValueError, match="^bradley_terry: a policy must be float64"):
         tabular.bradley_terry(fixtures.dice(), torch.zeros(3))
+
+
+def test_the_span_is_that_of_each_context():
+    p, q = random_policy(1, 3, 4), random_policy(2, 3, 4)
+    alone = torch.stack([tabular.span(a, b) for a, b in zip(p, q, strict=True)])
+    assert torch.equal(tabular.span(p, q), alone)
