@@ -371,7 +371,7 @@ def test_kl_is_precise_on_both_sides_of_where_its_series_ends(size):
 
 
 def test_a_sampling_distribution_of_another_kind_is_refused():
-    with pytest.raises(ValueError, match="^bradley_terry: a policy must be float64"):
+    with pytest.raises(ValueError, match=r"^bradley_terry: a policy must be float64"):
         tabular.bradley_terry(fixtures.dice(), torch.zeros(3))
 
 
