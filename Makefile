@@ -103,6 +103,18 @@ hosts: build .venv-hosts/.ready .venv-trl/.hosts  ## the drop-ins in TRL, verl a
 	  tests/hosts/test_trl_nash_md.py tests/test_trl_compat.py tests/test_trl_trainer.py \
 	  tests/test_integrations_generate.py tests/test_integrations_lm_head.py $(ARGS)
 
+# sees what the project sees, and has what makes mutants beside it
+.venv-mutation/.ready: $(VENV)/.ready
+	rm -rf .venv-mutation && $(PYTHON) -m venv .venv-mutation
+	purelib='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	  $(BIN)/python -c "$$purelib" > "$$(.venv-mutation/bin/python -c "$$purelib")/project.pth"
+	.venv-mutation/bin/python -m pip install -q mutmut==3.8.1
+	touch $@
+
+.PHONY: mutation
+mutation: build .venv-mutation/.ready  ## the tests on every mutant of losses, algorithms, rollout, tabular
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive .venv-mutation/bin/python -m tests.mutate $(ARGS)
+
 .PHONY: bench
 bench: peers  ## the standing run: ops, whole steps, scaling; written to docs/benchmarks.md
 	$(BIN)/python -m bench --save
@@ -174,4 +186,4 @@ ci-full: ci tsan docs hosts run  ## ci, ThreadSanitizer, the pages, the drop-ins
 
 .PHONY: clean
 clean:  ## everything that is built, and the environment
-	rm -rf $(VENV) .venv-trl .venv-hosts .venv-wheel .venv-docs build dist *.egg-info nlhf_kernels/*.so
+	rm -rf $(VENV) .venv-trl .venv-hosts .venv-mutation .venv-wheel .venv-docs build dist *.egg-info nlhf_kernels/*.so

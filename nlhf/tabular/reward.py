@@ -9,6 +9,8 @@ from nlhf.tabular.policies import normalise
 
 _NEWTON_STEPS = 200
 _CG_STEPS = 200
+# of P(y > sampling), above which a fit is none
+_MISSED = 1e-9
 
 
 def bradley_terry(game: MatrixGame, log_sampling: Tensor | None = None) -> Tensor:
@@ -29,7 +31,8 @@ def bradley_terry(game: MatrixGame, log_sampling: Tensor | None = None) -> Tenso
 
     Raises:
         ValueError: an action that is never sampled, or actions that always win against all others,
-            for which the likelihood grows without end.
+            for which the likelihood grows without end; a fit that rounding keeps from P(y >
+            sampling) by more than 1e-9, where actions are hardly ever sampled or nearly always win.
     """
     log_sampling = game.log_ref if log_sampling is None else log_sampling
     weight = normalise(game.checked(log_sampling, "bradley_terry")).exp()
@@ -63,10 +66,12 @@ def bradley_terry(game: MatrixGame, log_sampling: Tensor | None = None) -> Tenso
                 break
             size = torch.where(worse, size / 2, size)
         reward, (loss, model, slope) = new, statistics
-    else:
+    # the likelihood may have nothing left to gain where an action is hardly ever sampled
+    missed = (model - target).abs().amax().item()
+    if not missed <= _MISSED:
         raise ValueError(
-            f"bradley_terry: no fit after {_NEWTON_STEPS} Newton steps, the gradient is "
-            f"{gradient.abs().amax().item():.3g}; bring the preferences away from 0 and 1"
+            f"bradley_terry: no fit, P(y > sampling) is off by {missed:.3g} for an action; bring "
+            "the preferences away from 0 and 1, and the sampling away from 0"
         )
     return reward - (weight * reward).sum(-1, keepdim=True)
 
