@@ -286,11 +286,18 @@ def test_the_reward_of_a_joined_model_is_that_of_the_whole_text():
         as_reward(preference.JoinPrompt(pairwise, "w9"))
 
 
-@pytest.mark.parametrize("answer", [[1.0], [1.0, float("nan")], [[1.0, 2.0]]])
-def test_a_reward_that_is_no_number_a_response_is_refused(answer):
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ([1.0], r"must return \(2,\) numbers, got \(1,\)"),
+        ([[1.0, 2.0]], r"must return \(2,\) numbers, got \(1, 2\)"),
+        ([1.0, float("nan")], "must be a finite number, got nan at index 1"),
+    ],
+)
+def test_a_reward_that_is_no_number_a_response_is_refused(answer, said):
     class Odd(Judge):
         def reward(self, prompts, responses):
             return answer
 
-    with pytest.raises(ValueError, match=r"must return \(2,\) finite numbers"):
+    with pytest.raises(ValueError, match=said):
         as_reward(Odd())(["", ""], ["w1", "w2"])
