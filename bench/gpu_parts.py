@@ -17,8 +17,9 @@ PYTHON = sys.executable
 # those with targets on a GPU; tests/conftest.py makes one of every backend there
 TESTS = (
     "ops", "sampling", "sampling_exact", "wrong_input", "estimator", "triton", "rollout",
-    "decoding",
+    "decoding", "paths",
 )  # fmt: skip
+UPDATES = ("pair_loss", "ema_update")
 # model, LoRA rank
 STEPS = (("qwen2.5-1.5b", 0), ("llama3-8b", 16), ("qwen2.5-0.5b", 0))
 # part -> what stands behind its colon in --only, and what that may be; () is anything
@@ -154,8 +155,14 @@ def sanitizer(device: str, only: list[str], out: Path) -> Part:
         found = re.search(r"Device not supported.*|Unable to .*profiler.*", log)
         return f"compute-sanitizer: {found[0].strip()}" if found else ""
 
-    command = Command("memcheck", arguments, env)
-    return Part("sanitizer", 60, (command,), judge=judge, unavailable=unavailable)
+    commands = [Command("memcheck", arguments, env)]
+    # the ops that are not of logits have no cases; one that is asked for by name is one that has
+    if not only and importlib.util.find_spec("pytest"):
+        tests = [f"tests/test_{name}.py" for name in UPDATES]
+        chosen = "triton-cuda and not (gradcheck or opcheck or compiles or unbiased)"
+        arguments = [*arguments[:5], PYTHON, "-m", "pytest", "-p", "no:cacheprovider", *tests]
+        commands.append(Command("memcheck updates", [*arguments, "-k", chosen], env))
+    return Part("sanitizer", 90, tuple(commands), judge=judge, unavailable=unavailable)
 
 
 def profile(device: str, only: list[str], out: Path) -> Part:

@@ -415,8 +415,12 @@ class Learner:
         c, y = self.parts.config, pair.y
         # only what a server drew comes without the mass that was kept: y' too is the policy's then
         other = pair.y_other if pair.y_other.log_kept_mass is None else None
+        own = y.policy_logprobs
+        if y.log_kept_mass is not None:
+            # drawn here: what the rollout found is who drew it, and training may find another
+            own = losses.frozen_logprobs(self.policy, pair, y, c.temperature, **self._forward)
         return importance.weights(
-            y.policy_logprobs,
+            own,
             y.sampling_logprobs,
             y.mask,
             level=c.importance,

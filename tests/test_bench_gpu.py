@@ -214,7 +214,7 @@ def test_all_parts_fit_nearly_and_a_few_get_more_time(tmp_path):
 
 
 def test_the_files_with_tests_for_a_gpu_are_there():
-    for name in gpu_parts.TESTS:
+    for name in (*gpu_parts.TESTS, *gpu_parts.UPDATES):
         assert (ROOT / "tests" / f"test_{name}.py").exists()
 
 
@@ -226,6 +226,11 @@ def test_the_sanitizer_says_what_it_found_or_why_not(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     found = gpu_parts.sanitizer("cuda", ["mixture_sample"], tmp_path)
     assert found.commands[0].arguments[0] == str(tool)
+    # the kernels without cases are watched in their tests, unless one op was asked for
+    assert len(found.commands) == 1
+    updates = gpu_parts.sanitizer("cuda", [], tmp_path).commands[1].arguments
+    assert updates[:5] == found.commands[0].arguments[:5]
+    assert "tests/test_pair_loss.py" in updates
     assert found.judge([], "========= ERROR SUMMARY: 2 errors\n").startswith("wrong: memcheck")
     assert found.judge([], "========= ERROR SUMMARY: 0 errors\n") == "memcheck found nothing"
     assert "Device not supported" in found.unavailable("========= Device not supported.\n")

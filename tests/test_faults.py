@@ -1,5 +1,6 @@
 """What goes wrong while a run goes on: bad numbers, judges that fail, memory, signals."""
 
+import dataclasses
 import math
 import os
 import shlex
@@ -174,8 +175,8 @@ def test_a_step_that_training_reads_otherwise_than_it_was_drawn_is_skipped(
     def shifted(self, *arguments, **more):
         pair, judges = rollout(self, *arguments, **more)
         wrong = pair.y.policy_logprobs - 0.02 * pair.y.mask
-        return train.dataclasses.replace(
-            pair, y=train.dataclasses.replace(pair.y, policy_logprobs=wrong)
+        return dataclasses.replace(
+            pair, y=dataclasses.replace(pair.y, policy_logprobs=wrong)
         ), judges
 
     monkeypatch.setattr(parts.Parts, "generate", shifted)
@@ -217,6 +218,27 @@ def test_a_measurement_without_a_judge_is_left_out(folder, tmp_path, faults, cap
     rows = metrics(tmp_path / "run")
     assert ["preference_vs_ref" in row for row in rows] == [False] * 5 + [True]
     assert "a measurement is left out: judge http" in caplog.text
+
+
+def test_importance_weights_correct_for_what_training_reads_otherwise(
+    folder, tmp_path, monkeypatch
+):
+    rollout = parts.Parts.generate
+
+    def shifted(self, *arguments, **more):
+        pair, judges = rollout(self, *arguments, **more)
+        names = ("policy_logprobs", "sampling_logprobs")
+        wrong = {name: getattr(pair.y, name) - 0.05 * pair.y.mask for name in names}
+        return dataclasses.replace(pair, y=dataclasses.replace(pair.y, **wrong)), judges
+
+    given = {"importance": "token", "importance_cap": 1.5}
+    row = learner.Learner(parts.build(chosen(folder, tmp_path / "x", **given))).step(0)
+    assert row["importance_mean"] == pytest.approx(1, abs=1e-5)
+    monkeypatch.setattr(parts.Parts, "generate", shifted)
+    row = learner.Learner(parts.build(chosen(folder, tmp_path / "y", **given))).step(0)
+    assert row["skipped"] == 0
+    assert row["sampling_logp_difference"] == pytest.approx(0.05, rel=1e-3)
+    assert row["importance_mean"] == pytest.approx(math.exp(0.05), rel=1e-4)
 
 
 # ---- memory

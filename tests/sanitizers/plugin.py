@@ -23,7 +23,7 @@ TYPES = {f"float32.{name}": HALVES for name in TYPED}
 TYPES |= {f"float64.{name}": ("float64",) for name in TYPED}
 TYPES |= {"linear_mixture_sample": HALVES, "ema_update": (*HALVES, "float64")}
 # they choose and name the levels themselves
-CONTROLS = ("tile_levels", "use_tile_level")
+CONTROLS = ("tile_levels", "use_tile_level", "take_tile_levels_run")
 Call = tuple[str, str, str]
 
 
