@@ -84,7 +84,9 @@ def main(argv: list[str] | None = None) -> None:
         # bars of other packages; both read this when they are imported
         for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
             os.environ.setdefault(name, "1")
-    rank = int(os.environ.get("RANK", 0))
+    # one that is no number is distributed's to name
+    rank = os.environ.get("RANK", "")
+    rank = int(rank) if rank.isdecimal() else 0
     # of several processes the first one talks
     logging.basicConfig(level=logging.ERROR if rank else logging.INFO, format="%(message)s")
     if rank:

@@ -45,5 +45,6 @@ def check_weights(folder: str | os.PathLike, name: str = "model") -> None:
 
 
 def sha256(path: Path) -> str:
+    """Of the bytes of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

