@@ -121,11 +121,8 @@ def load(checkpoint: Path, learner: Learner) -> int:
 def _checked(checkpoint: Path, learner: Learner) -> dict:
     """Its state, if it is whole and of this run."""
     state = snapshots.checked(checkpoint)
-    theirs = state["settings"]
-    for name, value in config.identity(learner.parts.config).items():
-        # one that is missing was none when it was written
-        if theirs.get(name, value) != value:
-            raise ValueError(f"it is of a run with {name} = {theirs[name]!r}, not {value!r}")
+    if other := config.difference(learner.parts.config, state["settings"]):
+        raise ValueError(f"it is of a run with {other}")
     return state
 
 

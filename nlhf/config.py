@@ -475,6 +475,15 @@ def identity(config: Config) -> dict:
     return {n: value for n, value in dataclasses.asdict(config).items() if n not in FREE}
 
 
+def difference(config: Config, before: dict) -> str:
+    """A field in which a run that began with ``before`` is another one, in words; "" if none."""
+    for name, value in identity(config).items():
+        # one that is missing was none when it was written
+        if (theirs := before.get(name, value)) != value:
+            return f"{name} = {theirs!r}, not {value!r}"
+    return ""
+
+
 def dump(config) -> str:
     """Every field as YAML."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

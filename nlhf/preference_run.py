@@ -186,10 +186,8 @@ class Run:
     def _load(self, checkpoint: Path, state: State) -> None:
         try:
             found = snapshots.checked(checkpoint)
-            for name, value in config.identity(self.settings).items():
-                # one that is missing was none when it was written
-                if (theirs := found.get("settings", {}).get(name, value)) != value:
-                    raise ValueError(f"it is of a run with {name} = {theirs!r}, not {value!r}")
+            if other := config.difference(self.settings, found.get("settings", {})):
+                raise ValueError(f"it is of a run with {other}")
             if found.get("pairs") != self._pairs:
                 raise ValueError(f"it is of other pairs than {self.settings.pairs} has now")
             tensors = {}

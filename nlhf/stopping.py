@@ -16,6 +16,10 @@ class Stopped(BaseException):
     """A signal ended the work; no error, so nothing that handles errors catches it."""
 
 
+class Interrupted(Exception):
+    """A signal ended a run; what it has reached is saved, and the text says how to go on."""
+
+
 class Stop:
     """``asked``: the signal that came, "" before; inside the ``with`` alone, in the main thread.
 

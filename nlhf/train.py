@@ -34,11 +34,7 @@ from nlhf import (
 from nlhf.config import Config
 from nlhf.learner import Learner
 from nlhf.players import trainable
-from nlhf.stopping import Stop, Stopped
-
-
-class Interrupted(Exception):
-    """A signal ended a run; what it has reached is saved, and the text says how to go on."""
+from nlhf.stopping import Interrupted, Stop, Stopped
 
 
 def run(settings: Config, resume: bool = False) -> dict:
@@ -242,12 +238,11 @@ def _claim(output: Path, settings: Config, resume: bool) -> None:
             "--output"
         )
     before = config.identity(config.load(str(path)))
-    for name, value in config.identity(settings).items():
-        if value != before[name]:
-            raise ValueError(
-                f"train: the run in {output} has {name} = {before[name]!r}, not {value!r}: "
-                "resume it with its own settings, or choose another --output"
-            )
+    if other := config.difference(settings, before):
+        raise ValueError(
+            f"train: the run in {output} has {other}: resume it with its own settings, or choose "
+            "another --output"
+        )
 
 
 def _started(output: Path) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from nlhf import config
 from nlhf.commands import common
 from nlhf.config import FitConfig
-from nlhf.stopping import Stop, Stopped
+from nlhf.stopping import Interrupted, Stop, Stopped
 
 DESCRIPTION = (
     "Train a model that says how likely one response to a prompt beats another, from pairs of "
@@ -28,10 +28,6 @@ OLD_NAME = "fit-preference"
 
 # where a run leaves what it has reached
 _OURS = ("checkpoints", "features", "metrics.jsonl")
-
-
-class Interrupted(Exception):
-    """A signal ended a run; what it has reached is saved, and the text says how to go on."""
 
 
 def add(commands) -> None:
@@ -216,12 +212,11 @@ def _claim(output: Path, settings: FitConfig, resume: bool) -> bool:
             else f"preference: {output} is not empty: choose another --output"
         )
     before = config.identity(config.load(str(path), kind=FitConfig))
-    for name, value in config.identity(settings).items():
-        if value != before[name]:
-            raise ValueError(
-                f"preference: the run in {output} has {name} = {before[name]!r}, not {value!r}: "
-                "resume it with its own settings, or choose another --output"
-            )
+    if other := config.difference(settings, before):
+        raise ValueError(
+            f"preference: the run in {output} has {other}: resume it with its own settings, or "
+            "choose another --output"
+        )
     return True
 
 

@@ -43,11 +43,11 @@ def add(commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     settings = common.settings(arguments, config.Config)
     # after the flags are known to be right: torch and transformers take seconds to import
-    from nlhf import distributed, evaluate, model_card, train
+    from nlhf import distributed, evaluate, model_card, stopping, train
 
     try:
         result = train.run(settings, arguments.resume)
-    except train.Interrupted as stopped:
+    except stopping.Interrupted as stopped:
         sys.stdout.write(f"\n{stopped}\n")
         distributed.leave()
         return

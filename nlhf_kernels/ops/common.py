@@ -13,6 +13,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # characters of a word, or bits of a number, that a message repeats
 _LONGEST = 80
 NUMBERS = (int, float, torch.SymFloat, torch.SymInt)
+_STRIDED = torch.strided
 # seen at a glance to be no DTensor
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -111,7 +112,7 @@ def describe(x: object) -> str:
 
 def is_dense(x: Tensor) -> bool:
     """Neither sparse nor nested, whose memory is no array."""
-    return x.layout == torch.strided and not x.is_nested
+    return x.layout is _STRIDED and not x.is_nested
 
 
 def check_flag(op: str, name: str, x: object) -> None:

@@ -22,6 +22,7 @@ _LIMITS = {
 }
 _EXTRAPOLATED = (float, -common.LARGEST, common.LARGEST, "a finite number")
 PARAMETERS = tuple(_LIMITS)
+_SCALARS = (int, float, type(None))
 RETURNS = " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 
@@ -37,7 +38,10 @@ def arguments(values: dict, names: Iterable[str], B: int, dtype: torch.dtype) ->
     for name in names:
         value, kind = values[name], _LIMITS[name][0]
         if isinstance(value, Tensor):
-            found += [kind(0), value.expand(B).to(torch.int64 if kind is int else dtype)]
+            wanted = torch.int64 if kind is int else dtype
+            # even what changes nothing takes microseconds
+            rows = value if value.dim() else value.expand(B)
+            found += [kind(0), rows if rows.dtype == wanted else rows.to(wanted)]
         else:
             found += [kind(value), None]
     return found
@@ -123,12 +127,13 @@ def direct(*arguments) -> bool:
     Not if somebody traces, intercepts or profiles the calls of operators, and not for tensors whose
     memory is not their values: subclasses, and views of conjugates.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and all(type(x) is Tensor and not x.is_neg() for x in arguments if isinstance(x, Tensor))
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch.autograd._profiler_enabled()
-    )
+    if torch.compiler.is_compiling():
+        return False
+    for x in arguments:
+        kind = type(x)
+        if kind not in _SCALARS and (kind is not Tensor or x.is_neg()):
+            return False
+    return not torch._C._len_torch_dispatch_stack() and not torch.autograd._profiler_enabled()
 
 
 def draw(
