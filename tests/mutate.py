@@ -48,6 +48,7 @@ TESTS = {
     "algorithms": ["survivors_algorithms", "algorithms", "importance", "served_training"],
     "rollout": ["survivors_rollout", "rollout", "decoding", "policy", "missing_eos"],
     "tabular/": [
+        "survivors_comparison",
         "survivors_tabular",
         "survivors_solvers",
         "tabular",

@@ -1,5 +1,6 @@
 """What mutants of ``nlhf.tabular`` got past every other test."""
 
+import math
 from decimal import Decimal, localcontext
 from fractions import Fraction
 
@@ -62,7 +63,7 @@ def test_what_preferences_lack_of_antisymmetry_widens_the_certificate():
     preference = random_game(4, 0.01).preference.clone()
     preference[0, 1] += 9e-13
     game = tabular.MatrixGame(preference, tau=0.01)
-    assert game.asymmetry == pytest.approx(9e-13, rel=1e-3)
+    assert game.asymmetry == pytest.approx(9e-13, rel=1e-3, abs=0)
     with pytest.raises(ValueError, match="above the tolerance 1e-12; raise it, or tau"):
         tabular.solve(game)
     found = tabular.solve(game, tolerance=1e-9)
@@ -84,6 +85,97 @@ def test_the_certificate_of_a_context_is_that_of_its_game_alone():
             torch.testing.assert_close(whole.distance[x], alone.distance, rtol=tolerance, atol=0)
             if size:
                 torch.testing.assert_close(whole.residual[x], alone.residual, rtol=1e-9, atol=0)
+
+
+def bounds(game, policy):
+    """Rounding of log policy - log best response and the distance, of one context, in floats."""
+    unit, tau = 2.0**-53, game.tau
+    p = [math.exp(x) for x in policy.tolist()]
+    p = [x / math.fsum(p) for x in p]
+    log_p, log_ref = [math.log(x) for x in p], [math.log(x) for x in game.ref.tolist()]
+    gain = [float(x) / tau for x in lead(game, torch.tensor(p, dtype=torch.float64))]
+    low = sum(abs(x - round(x * 2**27) / 2**27) for x in p)
+    # each product of lower parts, at most 2^-24 or 2^-27 of its size, is rounded once in a sum
+    sums = game.actions * unit * (2 * low + 2.0**-25)
+    rounding = [
+        (sums + game.asymmetry / 2) / tau + 8 * unit * (1 + abs(a) + abs(b) + abs(c))
+        for a, b, c in zip(log_p, log_ref, gain, strict=True)
+    ]
+    wrong = [a - b - c for a, b, c in zip(log_p, log_ref, gain, strict=True)]
+    mean = sum(x * y for x, y in zip(p, wrong, strict=True))
+    deviation = math.sqrt(sum(x * (y - mean) ** 2 for x, y in zip(p, wrong, strict=True)))
+    deviation += math.sqrt(sum(x * y**2 for x, y in zip(p, rounding, strict=True)))
+    widest = max(wrong) - min(wrong) + 2 * max(rounding)
+    return rounding, min(widest / 4, math.exp(widest / 2) * deviation / 2) + 8 * unit
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-13, 1e-3, 3.0])
+def test_bounds_are_those_of_the_formulas_and_no_narrower(size):
+    """A narrower one would certify what it must not."""
+    preference = random_game(5, 0.1, contexts=2).preference.clone()
+    preference[:, 0, 1] += 9e-13
+    ref = torch.tensor([[0.3, 0.3, 0.2, 0.1, 0.1], [0.96, 0.01, 0.01, 0.01, 0.01]])
+    game = tabular.MatrixGame(preference, ref=ref.double(), tau=0.1)
+    best = tabular.solve(game, tolerance=1e-9).policy
+    policy = tabular.normalise(best + size * random_policy(4, 2, 5))
+    rounding = equilibrium._residual(game, policy)[2]
+    distance = equilibrium._certified(game, policy, 0)[0].distance
+    for x in range(2):
+        one = tabular.MatrixGame(preference[x], ref=game.ref[x], tau=0.1)
+        wanted, far = bounds(one, policy[x])
+        torch.testing.assert_close(rounding[x].tolist(), wanted, rtol=1e-6, atol=0)
+        assert distance[x].item() == pytest.approx(far, rel=1e-6, abs=1e-15)
+
+
+def test_the_smallest_parts_of_bounds_are_there():
+    """Each where the others are smaller still."""
+    half = torch.full((2, 2, 2), 0.5, dtype=torch.float64)
+    ref = torch.tensor([[0.5, 0.5], [0.3, 0.7]], dtype=torch.float64)
+    # at the equilibrium only rounding is left, and next to no tau multiplies that of the sums
+    for tau in (1.0, 1e-12):
+        game = tabular.MatrixGame(half, ref=ref, tau=tau)
+        wanted, far = bounds(tabular.MatrixGame(half[0], tau=tau), game.log_ref[0])
+        rounding = equilibrium._residual(game, game.log_ref)[2]
+        found = equilibrium._certified(game, game.log_ref, 0)[0]
+        torch.testing.assert_close(rounding[0].tolist(), wanted, rtol=1e-6, atol=0)
+        assert found.distance[0].item() == pytest.approx(far, rel=1e-6, abs=0)
+    # numbers that 27 bits do not hold
+    uneven = tabular.MatrixGame(half, ref=[[1 / 3, 2 / 3], [0.1, 0.9]], tau=1e-12)
+    rounding = equilibrium._residual(uneven, uneven.log_ref)[2]
+    for x in range(2):
+        one = tabular.MatrixGame(half[x], ref=uneven.ref[x], tau=1e-12)
+        wanted = bounds(one, uneven.log_ref[x])[0]
+        torch.testing.assert_close(rounding[x].tolist(), wanted, rtol=1e-6, atol=0)
+    # a span that is bounded better than the deviation, of which most is what P + P^T lacks
+    preference = [[[0.5, 0.5 + 9e-13], [0.5, 0.5]], [[0.5, 1.0], [0.0, 0.5]]]
+    lacking = tabular.MatrixGame(preference, tau=1e-11)
+    found = equilibrium._certified(lacking, lacking.log_ref, 0)[0]
+    far = bounds(tabular.MatrixGame(preference[0], tau=1e-11), lacking.log_ref[0])[1]
+    assert found.distance[0].item() == pytest.approx(far, rel=1e-5, abs=0)
+
+
+def test_a_tolerance_that_is_just_met_is_met():
+    game = random_game(5, 0.1)
+    found = tabular.solve(game)
+    again = tabular.solve(game, tolerance=found.distance.item())
+    assert again.iterations == found.iterations
+
+
+def test_a_game_that_newton_does_not_end_on_says_so(monkeypatch):
+    monkeypatch.setattr(equilibrium, "_NEWTON_STEPS", 2)
+    with pytest.raises(ValueError, match=r"no equilibrium after 2 Newton steps at tau 0\.1; raise"):
+        tabular.solve(random_game(5, 0.1))
+
+
+def test_policies_and_games_are_broadcast_against_each_other():
+    game = random_game(4, 0.1, contexts=3)
+    one = tabular.MatrixGame(game.preference[1], tau=0.1)
+    p = torch.rand(3, 4, dtype=torch.float64)
+    for x in range(3):
+        own = tabular.MatrixGame(game.preference[x], tau=0.1)
+        assert torch.equal(equilibrium._lead(game, p)[x], equilibrium._lead(own, p[x]))
+        assert torch.equal(equilibrium._lead(one, p)[x], equilibrium._lead(one, p[x]))
+        assert torch.equal(equilibrium._lead(game, p[0])[x], equilibrium._lead(own, p[0]))
 
 
 # games
@@ -227,7 +319,7 @@ def test_the_certificate_is_no_wider_than_it_must_be():
         policy = torch.tensor([0.5 + off, 0.5 - off], dtype=torch.float64).log()
         found = equilibrium._certified(game, policy, 0)[0]
         assert off <= found.distance <= off * (1 + 1e-5)
-        assert found.residual.item() == pytest.approx(4 * off, rel=1e-5)
+        assert found.residual.item() == pytest.approx(4 * off, rel=1e-5, abs=0)
     # and what is hardly ever played counts for little
     rare = tabular.MatrixGame(torch.full((2, 2), 0.5), ref=[1 - 1e-6, 1e-6])
     policy = (rare.ref * torch.tensor([1 - 1e-6, 2.0])).log()
@@ -367,7 +459,7 @@ def test_kl_is_precise_on_both_sides_of_where_its_series_ends(size):
             Decimal(a).exp() / total[0] * (Decimal(a) - Decimal(b) - (total[0] / total[1]).ln())
             for a, b in pairs
         )
-    assert tabular.kl(p, q).item() == pytest.approx(float(exact), rel=1e-12)
+    assert tabular.kl(p, q).item() == pytest.approx(float(exact), rel=1e-12, abs=0)
 
 
 def test_a_sampling_distribution_of_another_kind_is_refused():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nlhf import checkpoint, train
+from nlhf import snapshots, train
 from tests import tiny
 from tests.test_optimizers import built
 from tests.test_train import folder, metrics, settings, weights  # noqa: F401
@@ -46,7 +46,7 @@ def test_8_bit_moments_resume_to_the_bit(folder, tmp_path, changes):  # noqa: F8
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
     a, b = weights(tmp_path / "cut"), weights(tmp_path / "whole")
     assert all(torch.equal(a[k], b[k]) for k in b)
-    kept = checkpoint.complete(tmp_path / "whole" / "checkpoints")[-1]
+    kept = snapshots.complete(tmp_path / "whole" / "checkpoints")[-1]
     (path,) = kept.glob("*.safetensors")
     held = [key.split("|") for key in load_file(path)]
     names = {key[2] for key in held if key[0] == "optimizer"}
