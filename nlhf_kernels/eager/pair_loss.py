@@ -215,7 +215,9 @@ def pair_loss(
     h, u, u_other = h * usable, u * usable, u_other * usable
 
     if form == "label":
-        losses = p * (h - scale) ** 2 + (1 - p) * (-h - scale) ** 2
+        near, far = h - scale, h + scale
+        # the weight first: 0 times a square that overflows would be NaN
+        losses = p * near * near + (1 - p) * far * far
     elif form == "difference":
         losses = (h - scale * (p - p_other)) ** 2
     elif form == "response":

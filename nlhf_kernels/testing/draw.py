@@ -110,6 +110,7 @@ class Draw:
         self.position = row(position, torch.int64)[:, 0]
         # what eight roundings of the largest operands can do to a score
         largest = sum(c.abs()[:, 0] * finite_maximum(x) for c, x in terms)
+        self.sums = sums
         # a sum of D terms errs by half an ulp of each partial sum, which is a random walk: for
         # terms of random signs sqrt(D) ulps of a D-th of the whole; four times what that comes to
         summed = sum(c.abs()[:, 0] * x for (c, _), x in zip(terms, sums, strict=False))
@@ -210,4 +211,6 @@ def kept_ids(scores: list, top_k: list, top_p: list, min_p: list) -> list[int]:
             if reached >= p:
                 ids = ids[:count]
                 break
-    return [i for i in ids if weight[i] >= least * weight[ids[0]]]
+    # of weights whose scores differ by next to nothing only the logarithms differ
+    lowest = scores[ids[0]] + (math.log(least) if least else -math.inf)
+    return [i for i in ids if scores[i] >= lowest]
