@@ -1,5 +1,6 @@
 """Figures against their bounds: what is named, and what cannot pass unnoticed."""
 
+import dataclasses
 import json
 import math
 
@@ -112,6 +113,13 @@ def test_kernels_are_not_compiled_again_unless_something_changed(monkeypatch, tm
     monkeypatch.setattr(aot, "MAKERS", ("aot",))
     assert aot.fingerprint() != before
     assert aot.kept() == []
+
+
+def test_bounds_of_ratios_are_those_of_the_slowest_processor(monkeypatch):
+    here = dataclasses.replace(check.PARTS["ratios"], measure=lambda: ("", {"a": 0.2, "b": 0.2}))
+    monkeypatch.setitem(check.PARTS, "ratios", here)
+    elsewhere = {"ratios": {"toolchain": "", "bounds": {"a": 0.5, "b": 0.1, "gone": 0.1}}}
+    assert check.save(["ratios"], elsewhere)["ratios"]["bounds"] == {"a": 0.5, "b": 0.3}
 
 
 def test_every_op_has_a_count_and_a_ratio():
