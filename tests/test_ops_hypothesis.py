@@ -262,7 +262,9 @@ def close(
         # is left out
         right |= ((x == 0) | x.isinf()) & z.isnan()
     # a score in powers of 2 is larger than one in powers of e: near the largest numbers, infinite
-    right |= x.isinf() & (z.abs() >= torch.finfo(got.dtype).max / 1024)
+    largest = torch.finfo(got.dtype).max
+    # so do the errors of what is multiplied by more than the dtype holds
+    right |= x.isinf() & ((z.abs() >= largest / 1024) | (slack >= largest))
     assert right.all(), (
         f"{name}: {x[~right][:3]}, in this dtype {y[~right][:3]}, is {z[~right][:3]}"
     )
@@ -329,7 +331,7 @@ def require_right(op: str, made: dict, backend: str) -> None:
     lost = lost_digits(plain, outputs[0]) if grads else 0.0
     for i, (x, y, z) in enumerate(zip(grads, same_grads, exact_grads, strict=True)):
         if lost < 1e-5:
-            close(f"gradient {i}", x, y, z, lost)
+            close(f"gradient {i}", x, y, z, lost * largest_factor(plain))
 
 
 def largest_score(made: dict) -> float:
@@ -356,15 +358,24 @@ def lost_digits(made: dict, output: Tensor) -> float:
     """How much a probability errs, relatively, that is made with the log-sum-exp of ``output``'s
     dtype that the forward has saved.
     """
-    scores = largest_score(made)
-    # a loss multiplies it
-    for name in ("preference", "baseline", "tau", "ref_logprobs", "policy_logprobs"):
-        given = made.get(name)
-        for x in given if isinstance(given, list | tuple) else [given]:
-            if x is not None:
-                sizes = torch.as_tensor(x).detach().double().nan_to_num(0, 0, 0).abs()
-                scores *= max(1.0, float(sizes.max())) if sizes.numel() else 1.0
-    return scores / min(made.get("temperature", 1.0), 1) * torch.finfo(output.dtype).eps
+    heat = made.get("temperature", 1.0)
+    return largest_score(made) / min(heat, 1) * torch.finfo(output.dtype).eps
+
+
+def largest_factor(made: dict) -> float:
+    """By what a loss multiplies a probability, at most; 1 or more."""
+    refs, taus = (_sizes(made.get(name)) for name in ("ref_logprobs", "tau"))
+    refs += _sizes(made.get("policy_logprobs"))
+    tokens = made["tokens"].shape[-1] if "tokens" in made else 1
+    ratio = max(taus, default=0.0) * sum(refs) * tokens
+    return max(1.0, *_sizes(made.get("preference")), *_sizes(made.get("baseline")), ratio)
+
+
+def _sizes(given) -> list[float]:
+    """The largest number of each."""
+    several = given if isinstance(given, list | tuple) else [given]
+    wide = [torch.as_tensor(x).detach().double() for x in several if x is not None]
+    return [float(x.nan_to_num(0, 0, 0).abs().max()) for x in wide if x.numel()]
 
 
 def certain(draw: Draw) -> Tensor:

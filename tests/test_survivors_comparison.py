@@ -16,6 +16,15 @@ P = [[0.5, 0.2, 0.9], [0.8, 0.5, 0.3], [0.1, 0.7, 0.5]]
 # the first action wins, the others are alike
 Q = [[0.5, 0.6, 0.8], [0.4, 0.5, 0.5], [0.2, 0.5, 0.5]]
 NAMES = ("rock", "paper", "scissors")
+# of P, its equilibrium taken to be (.5, .3, .2)
+EXPLOITED = """\
+Exploitability in the original game, max_y P(y > policy) - 1/2:
+policy           exploitability
+always rock      0.3
+always paper     0.2
+always scissors  0.4
+uniform          0.0333333
+equilibrium      0.11"""
 
 
 def solver(name, limit, policies=iter, queries=1):
@@ -105,13 +114,7 @@ rock      0.5          0.25
 paper     0.3          0.25
 scissors  0.2          0.5
 
-Exploitability in the original game, max_y P(y > policy) - 1/2:
-policy           exploitability
-always rock      0.3
-always paper     0.2
-always scissors  0.4
-uniform          0.0333333
-equilibrium      0.11"""
+{EXPLOITED}"""
     )
 
 
@@ -145,13 +148,7 @@ rock      0.5          0.333333
 paper     0.3          0.333333
 scissors  0.2          0.333333
 
-Exploitability in the original game, max_y P(y > policy) - 1/2:
-policy           exploitability
-always rock      0.3
-always paper     0.2
-always scissors  0.4
-uniform          0.0333333
-equilibrium      0.11"""
+{EXPLOITED}"""
     )
 
 
